@@ -1,0 +1,3 @@
+//! The daemon inside the virtual machine.
+
+pub mod proto;
