@@ -1,0 +1,55 @@
+"""What this machine holds at a moment: everything that a sandbox could leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+
+def _lines(*command: str) -> list[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _links() -> set[str]:
+    return {link["ifname"] for link in json.loads("".join(_lines("ip", "-json", "link")))}
+
+
+def _nft() -> int:
+    """Rules, sets and set elements in the host's own tables."""
+    listing = json.loads("".join(_lines("nft", "-j", "list", "ruleset")))["nftables"]
+    elements = sum(len(item["set"].get("elem", [])) for item in listing if "set" in item)
+    return len(listing) + elements
+
+
+def processes(name: str) -> set[int]:
+    """Ids of the processes whose executable has this name."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if name in os.readlink(entry / "exe"):
+                    found.add(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def census(data_dir: Path, server_pid: int | None = None) -> dict[str, object]:
+    """Counts of all kinds of things; equal before and after means that nothing leaked."""
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    things: dict[str, object] = {
+        "processes": len(processes("qemu-system")),
+        "links": len(_links()),
+        "namespaces": sum(" nsfs " in line for line in mounts),
+        "mounts": len(mounts),
+        "loop devices": len(_lines("losetup", "--list", "--noheadings", "--output", "NAME")),
+        "nft": _nft(),
+        "cgroups": sum(1 for path in Path("/sys/fs/cgroup").rglob("*cubicle*") if path.is_dir()),
+        "volumes": sum(1 for path in data_dir.rglob("volumes/*")),
+        "run files": sum(1 for path in Path("/run/cubicle").rglob("*")),
+    }
+    if server_pid:
+        things["server's descriptors"] = len(os.listdir(f"/proc/{server_pid}/fd"))
+    return things

@@ -1,0 +1,72 @@
+"""A sandbox is confined: its process on the host, and its network."""
+
+import json
+from pathlib import Path
+
+from machine import processes
+
+
+def exec(server, sandbox: dict, *command: str, check: bool = True):
+    return server.cli("sandbox", "exec", sandbox["sandboxID"], "--", *command, check=check)
+
+
+def test_the_vm_process_has_no_powers(server, sandbox):
+    vms = processes("qemu-system")
+    assert vms
+    host_network = Path("/proc/self/ns/net").stat().st_ino
+    for pid in vms:
+        status = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            if ":\t" in line
+        )
+        assert int(status["Uid"].split()[0]) >= 200_000
+        assert len(set(status["Uid"].split())) == 1
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(status[kind], 16) == 0, kind
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
+        assert Path(f"/proc/{pid}/ns/net").stat().st_ino != host_network
+
+
+def test_private_networks_and_the_host_are_out_of_reach(server, sandbox):
+    probe = """
+import json, socket, sys
+out = {}
+for host, port in json.loads(sys.argv[1]):
+    s = socket.socket(); s.settimeout(2)
+    try:
+        s.connect((host, port)); out[host] = "connected"
+    except Exception as error:
+        out[host] = type(error).__name__
+print(json.dumps(out))
+"""
+    targets = [
+        ["169.254.169.254", 80], ["10.0.0.1", 80], ["172.16.0.1", 80], ["192.168.0.1", 80],
+        ["169.254.0.22", server.port], ["10.233.0.1", server.port], ["10.233.0.2", 49983],
+    ]  # fmt: skip
+    output = exec(server, sandbox, "python3", "-c", probe, json.dumps(targets)).stdout
+    reached = [host for host, how in json.loads(output).items() if how == "connected"]
+    assert reached == []
+
+
+def test_two_sandboxes_are_strangers(server, sandbox):
+    other = server.create()
+    try:
+        facts = [
+            exec(server, each, "bash", "-c", "cat /etc/machine-id /etc/hostname; "
+                 "head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/random/uuid").stdout
+            for each in (sandbox, other)
+        ]  # fmt: skip
+        for mine, theirs in zip(*(fact.split("\n") for fact in facts)):
+            assert mine == "" or mine != theirs
+        assert sandbox["envdAccessToken"] != other["envdAccessToken"]
+    finally:
+        server.kill(other)
+
+
+def test_the_clock_is_right(server, sandbox):
+    import time
+
+    inside = float(exec(server, sandbox, "date", "+%s.%N").stdout)
+    assert abs(inside - time.time()) < 2
