@@ -1,0 +1,78 @@
+//! Guest memory, captured from outside a paused VM.
+//!
+//! A VM's RAM is a private mapping of a memory image, so the pages that it has written since it
+//! was started are exactly the private anonymous pages of that mapping. [`capture`] finds and
+//! copies them while the VM is paused; [`write_image`] turns them into an image after the VM runs
+//! on. Both halves are separate so that the freeze holds nothing but the first.
+//!
+//! Invariants:
+//! - An image is whole: it depends on no other file, whatever it was made from.
+//! - An image has the size of guest memory; pages of zeros are holes where that is possible.
+//! - The captured set is cumulative since the VM was started. It may be laid over the image that
+//!   the VM was started from, or over any image captured from the same VM since, and gives the
+//!   same memory.
+
+mod buffer;
+mod capture;
+mod image;
+mod scan;
+
+pub use buffer::Buffer;
+pub use capture::{Dirty, capture, capture_all};
+pub use image::{is_zero, write_image};
+use serde::{Deserialize, Serialize};
+
+/// Where the memory of a VM is: a range of addresses in the process that runs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// The process.
+    pub pid: u32,
+    /// Address of the first byte in that process; a multiple of the page size.
+    pub address: u64,
+    /// Length of guest memory, in bytes; a multiple of the page size.
+    pub len: u64,
+}
+
+/// A run of consecutive pages of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Run {
+    /// Offset of the first byte from the start of guest memory.
+    pub offset: u64,
+    /// Length in bytes; never 0.
+    pub len: u64,
+}
+
+/// How the pages of a memory image were found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Tier {
+    /// Everything was copied.
+    #[default]
+    Full,
+    /// The private anonymous pages of the mapping; where there was a base image, compared with it.
+    AnonymousPages,
+}
+
+/// What a memory image took to make.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryReport {
+    /// How the pages were found.
+    pub tier: Tier,
+    /// Size of guest memory, in bytes.
+    pub bytes_scanned: u64,
+    /// Bytes copied while the VM was paused.
+    pub bytes_dirty: u64,
+    /// Bytes written to the image; the rest is shared with the base or a hole.
+    pub bytes_written: u64,
+    /// Bytes of the copied pages that were zero.
+    pub bytes_zero: u64,
+    /// Bytes of the copied pages that the base held already.
+    pub bytes_unchanged: u64,
+    /// Time to find the pages, in microseconds; part of the freeze.
+    pub scan_us: u64,
+    /// Time to copy the pages, in microseconds; part of the freeze.
+    pub copy_us: u64,
+    /// Time to write the image, in microseconds; outside the freeze.
+    pub write_us: u64,
+}
