@@ -1,0 +1,287 @@
+//! JSON of the calls that only the host may make. The guest serves them on the channel and nowhere
+//! else: no TCP port and no `CONNECT` tunnel reaches them.
+//!
+//! | call | request | answer |
+//! |---|---|---|
+//! | `POST /init` | [`InitRequest`] | 200 [`InitResponse`] |
+//! | `GET /logs` | | 200, one [`LogEntry`] per line, oldest first |
+
+use std::{collections::BTreeMap, fmt, net::Ipv4Addr};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use cubicle_ids::{SandboxId, TemplateId};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+/// Path of the call that tells a guest who it is, after every boot and every restore.
+pub const INIT_PATH: &str = "/init";
+
+/// Path of the call that fetches the guest's lifecycle log.
+pub const LOGS_PATH: &str = "/logs";
+
+/// Everything that a guest cannot know about itself after a restore. An absent field leaves what
+/// the guest has; E2B's field names where E2B has the field.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct InitRequest {
+    /// Environment of every process started from now on. Replaces the map of the call before.
+    pub env_vars: BTreeMap<String, String>,
+    /// What a request must carry in `X-Access-Token`. Absent: as before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access_token: Option<String>,
+    /// The host's wall clock; the guest steps its own to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<Timestamp>,
+    /// User of requests that name none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_user: Option<String>,
+    /// Working directory of processes that name none. Absent: the user's home.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_workdir: Option<String>,
+    /// Fresh random bits for the kernel's generator, different for every restore.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+    /// The sandbox that this guest is now.
+    #[serde(rename = "sandboxID", skip_serializing_if = "Option::is_none")]
+    pub sandbox_id: Option<SandboxId>,
+    /// The template that it was made from.
+    #[serde(rename = "templateID", skip_serializing_if = "Option::is_none")]
+    pub template_id: Option<TemplateId>,
+    /// Host name to set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Content of `/etc/machine-id`: 32 lower-case hexadecimal digits.
+    #[serde(rename = "machineID", skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
+    /// Name servers to put into `/etc/resolv.conf`. Empty: leave the file alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dns_servers: Vec<Ipv4Addr>,
+    /// How often this sandbox has been restored or rolled back: the proxy's connections are keyed
+    /// by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u64>,
+    /// Kept in the guest's RAM and nowhere else. The answer returns the one that was there before,
+    /// which is in the memory image that this VM was restored from, and so proves which one it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<String>,
+}
+
+/// Answer to [`InitRequest`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct InitResponse {
+    /// [`InitRequest::nonce`] of the last call that carried one; absent after a cold boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub previous_nonce: Option<String>,
+    /// Version of the envd protocol that the guest speaks.
+    pub envd_version: String,
+}
+
+/// One line of the guest's lifecycle log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogEntry {
+    /// When it happened by the guest's wall clock.
+    pub timestamp: Timestamp,
+    /// `debug`, `info`, `warn` or `error`.
+    pub level: String,
+    /// What happened, for a person to read.
+    pub message: String,
+    /// Details: for example `pid`, `cmd`, `exitCode`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fields: BTreeMap<String, String>,
+}
+
+/// A point in time, in nanoseconds since the Unix epoch.
+///
+/// In JSON an RFC 3339 text; a number of nanoseconds is understood, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(pub u64);
+
+impl Timestamp {
+    /// Whole seconds since the Unix epoch.
+    #[must_use]
+    pub const fn seconds(self) -> u64 {
+        self.0 / 1_000_000_000
+    }
+
+    /// Nanoseconds past [`seconds`](Self::seconds).
+    #[must_use]
+    pub const fn subsec_nanos(self) -> u32 {
+        // Below 10^9.
+        (self.0 % 1_000_000_000) as u32
+    }
+
+    /// This machine's wall clock.
+    #[must_use]
+    pub fn now() -> Self {
+        let since_epoch = std::time::SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap_or_default();
+        Self(u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+impl fmt::Display for Timestamp {
+    /// RFC 3339, in UTC.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // 2^64 ns end in the year 2554, so neither step fails.
+        let text = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0))
+            .map_err(|_| fmt::Error)?
+            .format(&Rfc3339)
+            .map_err(|_| fmt::Error)?;
+        f.write_str(&text)
+    }
+}
+
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Timestamp;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an RFC 3339 time after 1970 or nanoseconds since the Unix epoch")
+            }
+
+            fn visit_u64<E: de::Error>(self, nanos: u64) -> Result<Timestamp, E> {
+                Ok(Timestamp(nanos))
+            }
+
+            fn visit_i64<E: de::Error>(self, nanos: i64) -> Result<Timestamp, E> {
+                u64::try_from(nanos)
+                    .map(Timestamp)
+                    .map_err(|_| E::invalid_value(de::Unexpected::Signed(nanos), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Timestamp, E> {
+                OffsetDateTime::parse(text, &Rfc3339)
+                    .ok()
+                    .and_then(|time| u64::try_from(time.unix_timestamp_nanos()).ok())
+                    .map(Timestamp)
+                    .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// 256 random bits. In JSON base64; never shown in logs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Entropy([u8; Self::LEN]);
+
+impl Entropy {
+    /// How many bytes there are.
+    pub const LEN: usize = 32;
+
+    /// Fresh bits from this machine's generator.
+    #[must_use]
+    pub fn generate() -> Self {
+        Self(rand::random())
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; Self::LEN] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Entropy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Entropy(..)")
+    }
+}
+
+impl Serialize for Entropy {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&BASE64_STANDARD.encode(self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Entropy {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        BASE64_STANDARD
+            .decode(&text)
+            .ok()
+            .and_then(|bytes| <[u8; Self::LEN]>::try_from(bytes).ok())
+            .map(Self)
+            .ok_or_else(|| de::Error::custom("entropy is not the base64 of 32 bytes"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_init_request_has_e2b_names_and_round_trips() {
+        let request = InitRequest {
+            env_vars: BTreeMap::from([("A".to_owned(), "b c".to_owned())]),
+            access_token: Some("envd_1".to_owned()),
+            timestamp: Some(Timestamp(1_700_000_000_123_456_789)),
+            entropy: Some(Entropy([7; 32])),
+            sandbox_id: Some(SandboxId::generate()),
+            machine_id: Some("0".repeat(32)),
+            dns_servers: vec![Ipv4Addr::new(1, 1, 1, 1)],
+            generation: Some(3),
+            ..InitRequest::default()
+        };
+        let json = serde_json::to_value(&request).unwrap();
+        let mut names: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
+        names.sort();
+        let want =
+            "accessToken dnsServers entropy envVars generation machineID sandboxID timestamp";
+        assert_eq!(names.join(" "), want);
+        assert_eq!(json["timestamp"], "2023-11-14T22:13:20.123456789Z");
+        assert_eq!(
+            serde_json::from_value::<InitRequest>(json).unwrap(),
+            request
+        );
+        assert_eq!(
+            serde_json::from_str::<InitRequest>("{}").unwrap(),
+            InitRequest::default()
+        );
+    }
+
+    #[test]
+    fn a_timestamp_is_a_text_or_nanoseconds() {
+        let parse = |json: &str| serde_json::from_str::<Timestamp>(json).map_err(|e| e.to_string());
+        assert_eq!(
+            parse("\"1970-01-01T01:00:01+01:00\""),
+            Ok(Timestamp(1_000_000_000))
+        );
+        assert_eq!(
+            parse("1700000000123456789"),
+            Ok(Timestamp(1_700_000_000_123_456_789))
+        );
+        for bad in [
+            "\"yesterday\"",
+            "-1",
+            "\"1969-12-31T23:59:59Z\"",
+            "1.5",
+            "null",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+        assert_eq!(Timestamp(1_000_000_007).seconds(), 1);
+        assert_eq!(Timestamp(1_000_000_007).subsec_nanos(), 7);
+        assert_eq!(
+            Timestamp(u64::MAX).to_string(),
+            "2554-07-21T23:34:33.709551615Z"
+        );
+    }
+
+    #[test]
+    fn entropy_is_secret_and_of_one_length() {
+        assert_eq!(format!("{:?}", Entropy([1; 32])), "Entropy(..)");
+        assert!(serde_json::from_str::<Entropy>("\"AAAA\"").is_err());
+        assert_ne!(Entropy::generate(), Entropy::generate());
+    }
+}
