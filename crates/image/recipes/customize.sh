@@ -15,6 +15,7 @@ chmod 0440 "$root/etc/sudoers.d/user"
 echo sandbox >"$root/etc/hostname"
 printf '127.0.0.1\tlocalhost sandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n' >"$root/etc/hosts"
 : >"$root/etc/machine-id"
+: >"$root/etc/resolv.conf"
 rm -f "$root/var/lib/dbus/machine-id"
 printf 'LANG=C.UTF-8\n' >"$root/etc/default/locale"
 
