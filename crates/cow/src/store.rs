@@ -140,7 +140,13 @@ impl Store {
                 _lock: lock,
             }),
         };
-        let report = store.sweep().await?;
+        let report = match store.sweep().await {
+            Ok(report) => report,
+            Err(error) => {
+                store.close().await;
+                return Err(error);
+            }
+        };
         let tasks = [
             tokio::spawn(record(Arc::downgrade(&store.inner), outcomes)),
             tokio::spawn(keep_headroom(root.clone())),

@@ -368,8 +368,10 @@ impl StoreRoot {
         flock(&file, FlockOperation::LockExclusive).at("lock the image", image)?;
         let metadata = file.metadata().at("read the size of the image", image)?;
         let size = metadata.len();
-        // By half again at least: each step adds allocation groups, which should stay few.
-        let wanted = size + (bytes - now.min(bytes)).max(size / 2);
+        // By half again at least: each step adds allocation groups, which should stay few. A
+        // sixteenth more, since the new groups hold metadata, too.
+        let missing = (bytes - now).saturating_add((bytes - now) / 16 + GRAIN);
+        let wanted = size.saturating_add(missing.max(size / 2));
         let target = wanted
             .next_multiple_of(GRAIN)
             .min(self.largest(image, allocated(&metadata))?);

@@ -1,0 +1,335 @@
+//! Memory snapshots of a process that stands for a VM: it maps an image privately and writes.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::{
+    io::{BufReader, Write as _},
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+};
+
+use common::DataDir;
+use cubicle_cow::{
+    Error,
+    memory::{Buffer, Source, Tier, capture, capture_all, write_image},
+    reflink::Support,
+};
+use proptest::prelude::*;
+
+const PAGE: usize = 4096;
+const PAGES: usize = 512;
+const CHILD: &str = "CUBICLE_COW_TEST_IMAGE";
+const WORD: &str = "model:";
+
+/// What one step does to a page.
+#[derive(Debug, Clone, Copy)]
+enum Write {
+    Fill(u8),
+    Byte(u16, u8),
+    Zero,
+    Same,
+    Read,
+}
+
+/// Not a test of its own: the process that the others start. It maps the image that the environment
+/// names, and applies the writes that it is told.
+#[test]
+fn model_process() {
+    let Ok(image) = std::env::var(CHILD) else {
+        return;
+    };
+    let file = std::fs::File::open(image).unwrap();
+    let len = file.metadata().unwrap().len() as usize;
+    let flags = rustix::mm::MapFlags::PRIVATE;
+    let protection = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
+    // SAFETY: a fresh private mapping that lives until the process ends.
+    let memory = unsafe {
+        let start = rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, &file, 0);
+        std::slice::from_raw_parts_mut(start.unwrap().cast::<u8>(), len)
+    };
+    println!("\n{WORD}{}", memory.as_ptr() as usize);
+    for line in std::io::stdin().lines() {
+        let line = line.unwrap();
+        let numbers: Vec<usize> = line.split(' ').map(|word| word.parse().unwrap()).collect();
+        let page = &mut memory[numbers[0] * PAGE..][..PAGE];
+        match numbers[1..] {
+            [0, byte] => page.fill(byte as u8),
+            [1, at, byte] => page[at] = byte as u8,
+            // A write that changes nothing makes the page dirty all the same.
+            [2] => {
+                let first = std::hint::black_box(page[0]);
+                // SAFETY: in bounds; volatile so that it happens.
+                unsafe { page.as_mut_ptr().write_volatile(first) };
+            }
+            [3] => drop(std::hint::black_box(page.to_vec())),
+            _ => panic!("{line}"),
+        }
+        println!("{WORD}done");
+    }
+}
+
+struct Model {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    source: Source,
+    content: Vec<u8>,
+}
+
+impl Model {
+    fn start(image: &Path) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "model_process", "--nocapture"])
+            .env(CHILD, image)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let input = child.stdin.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let address = word(&mut output).parse().unwrap();
+        let content = std::fs::read(image).unwrap();
+        let source = Source {
+            pid: child.id(),
+            address,
+            len: content.len() as u64,
+        };
+        Self {
+            child,
+            input,
+            output,
+            source,
+            content,
+        }
+    }
+
+    fn apply(&mut self, page: usize, write: Write) {
+        let content = &mut self.content[page * PAGE..][..PAGE];
+        let command = match write {
+            Write::Fill(byte) => {
+                content.fill(byte);
+                format!("{page} 0 {byte}")
+            }
+            Write::Zero => {
+                content.fill(0);
+                format!("{page} 0 0")
+            }
+            Write::Byte(at, byte) => {
+                let at = usize::from(at) % PAGE;
+                content[at] = byte;
+                format!("{page} 1 {at} {byte}")
+            }
+            Write::Same => format!("{page} 2"),
+            Write::Read => format!("{page} 3"),
+        };
+        writeln!(self.input, "{command}").unwrap();
+        assert_eq!(word(&mut self.output), "done");
+    }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn word(output: &mut impl std::io::BufRead) -> String {
+    let mut line = String::new();
+    while output.read_line(&mut line).unwrap() > 0 {
+        if let Some(word) = line.trim().strip_prefix(WORD) {
+            return word.to_owned();
+        }
+        line.clear();
+    }
+    panic!("the model process ended");
+}
+
+fn writes() -> impl Strategy<Value = Vec<(usize, Write)>> {
+    let write = prop_oneof![
+        4 => any::<u8>().prop_map(Write::Fill),
+        4 => (any::<u16>(), any::<u8>()).prop_map(|(at, byte)| Write::Byte(at, byte)),
+        2 => Just(Write::Zero),
+        1 => Just(Write::Same),
+        1 => Just(Write::Read),
+    ];
+    proptest::collection::vec((0..PAGES, write), 0..40)
+}
+
+fn base_image(path: &Path) {
+    let mut content = vec![0; PAGES * PAGE];
+    for (index, page) in content.chunks_mut(PAGE).enumerate() {
+        if index % 3 > 0 {
+            page.fill(index as u8);
+        }
+    }
+    std::fs::write(path, content).unwrap();
+}
+
+fn same(path: &Path, content: &[u8]) {
+    assert!(
+        std::fs::read(path).unwrap() == content,
+        "{} is another memory",
+        path.display()
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 60, ..Default::default() })]
+    /// Capture, continue, capture again, restore, capture: always bit for bit what the process saw.
+    #[test]
+    fn every_cycle_is_exact(
+        lives in proptest::collection::vec(proptest::collection::vec(writes(), 1..4), 1..3),
+        reflink in any::<bool>(),
+    ) {
+        let data = DataDir::new();
+        let root = data.prepare();
+        let support = if reflink {
+            root.support().clone()
+        } else {
+            Support::Copy { reason: "to test it".to_owned() }
+        };
+        let mut started_from = root.path().join("start.img");
+        base_image(&started_from);
+        let mut buffer = Buffer::new();
+        for (life, cycles) in lives.into_iter().enumerate() {
+            let mut model = Model::start(&started_from);
+            let mut previous = started_from.clone();
+            for (cycle, writes) in cycles.into_iter().enumerate() {
+                for (page, write) in writes {
+                    model.apply(page, write);
+                }
+                let dirty = capture(&model.source, buffer).unwrap();
+                let path = |name| root.path().join(format!("{life}-{cycle}-{name}.img"));
+                // Over the image the process started from, and over the one before this.
+                let over_start = path("start");
+                let over_previous = path("previous");
+                write_image(&support, Some(&started_from), &dirty, &over_start).unwrap();
+                let report = write_image(&support, Some(&previous), &dirty, &over_previous).unwrap();
+                same(&over_start, &model.content);
+                same(&over_previous, &model.content);
+                prop_assert_eq!(report.tier, Tier::AnonymousPages);
+                prop_assert_eq!(report.bytes_dirty, dirty.bytes());
+                prop_assert!(report.bytes_written + report.bytes_unchanged <= report.bytes_dirty);
+                // Nothing changes between two captures: nothing is written.
+                let again = capture(&model.source, dirty.into_buffer()).unwrap();
+                let third = path("again");
+                let report = write_image(&support, Some(&over_previous), &again, &third).unwrap();
+                prop_assert_eq!(report.bytes_written, 0);
+                prop_assert_eq!(report.bytes_unchanged, again.bytes());
+                same(&third, &model.content);
+                // All of it, for when the base is gone.
+                let all = capture_all(&model.source, again.into_buffer()).unwrap();
+                let full = path("full");
+                let report = write_image(&support, None, &all, &full).unwrap();
+                prop_assert_eq!(report.tier, Tier::Full);
+                same(&full, &model.content);
+                buffer = all.into_buffer();
+                previous = over_previous;
+            }
+            started_from = previous;
+        }
+    }
+
+    /// A VM that booted cold: an empty image, and what was written over it.
+    #[test]
+    fn a_cold_start_gives_a_sparse_image(writes in writes()) {
+        let data = DataDir::new();
+        let root = data.prepare();
+        let start = root.path().join("start.img");
+        std::fs::File::create(&start).unwrap().set_len((PAGES * PAGE) as u64).unwrap();
+        let mut model = Model::start(&start);
+        for (page, write) in writes {
+            model.apply(page, write);
+        }
+        let dirty = capture(&model.source, Buffer::new()).unwrap();
+        let image = root.path().join("image.img");
+        let report = write_image(root.support(), None, &dirty, &image).unwrap();
+        same(&image, &model.content);
+        let used = model.content.chunks(PAGE).filter(|page| page.iter().any(|byte| *byte != 0)).count();
+        prop_assert_eq!(report.bytes_written, (used * PAGE) as u64);
+        prop_assert_eq!(report.bytes_zero, report.bytes_dirty - report.bytes_written);
+        let metadata = std::fs::metadata(&image).unwrap();
+        prop_assert_eq!(metadata.len(), (PAGES * PAGE) as u64);
+        // Freed speculative preallocation aside, holes take nothing.
+        std::fs::File::open(&image).unwrap().sync_all().unwrap();
+        prop_assert!(std::fs::metadata(&image).unwrap().blocks() * 512 <= metadata.len() + (64 << 10));
+    }
+}
+
+#[test]
+fn a_page_that_became_zero_is_a_hole_over_its_base() {
+    let data = DataDir::new();
+    let root = data.prepare();
+    let start = root.path().join("start.img");
+    std::fs::write(&start, vec![9; PAGES * PAGE]).unwrap();
+    let mut model = Model::start(&start);
+    for page in 0..PAGES {
+        model.apply(page, Write::Zero);
+    }
+    let dirty = capture(&model.source, Buffer::with_resident(PAGES * PAGE).unwrap()).unwrap();
+    let image = root.path().join("image.img");
+    let report = write_image(root.support(), Some(&start), &dirty, &image).unwrap();
+    assert_eq!(
+        (report.bytes_written, report.bytes_zero),
+        (0, (PAGES * PAGE) as u64)
+    );
+    same(&image, &model.content);
+    assert_eq!(std::fs::metadata(&image).unwrap().blocks(), 0);
+    same(&start, &[9; PAGES * PAGE]);
+}
+
+#[test]
+fn a_base_works_after_its_deletion_and_one_of_another_size_is_refused() {
+    let data = DataDir::new();
+    let root = data.prepare();
+    let start = root.path().join("start.img");
+    base_image(&start);
+    let mut model = Model::start(&start);
+    model.apply(5, Write::Fill(77));
+    let held = std::fs::File::open(&start).unwrap();
+    std::fs::remove_file(&start).unwrap();
+    let dirty = capture(&model.source, Buffer::new()).unwrap();
+    assert_eq!(dirty.runs().len(), 1);
+    let image = root.path().join("image.img");
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&held);
+    let base = format!("/proc/self/fd/{fd}");
+    let report = write_image(root.support(), Some(Path::new(&base)), &dirty, &image).unwrap();
+    assert_eq!(report.bytes_written, PAGE as u64);
+    same(&image, &model.content);
+
+    let short = root.path().join("short.img");
+    std::fs::write(&short, [1; PAGE]).unwrap();
+    let refused = root.path().join("refused.img");
+    let error = write_image(root.support(), Some(&short), &dirty, &refused).unwrap_err();
+    assert!(matches!(error, Error::Shape { .. }), "{error}");
+    assert!(!refused.exists());
+    let error = write_image(root.support(), None, &dirty, &image).unwrap_err();
+    assert!(
+        error.to_string().contains("image.img"),
+        "an image is never overwritten: {error}"
+    );
+    same(&image, &model.content);
+}
+
+#[test]
+fn a_process_that_is_gone_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = dir.path().join("start.img");
+    base_image(&start);
+    let model = Model::start(&start);
+    let source = model.source;
+    drop(model);
+    let error = capture(&source, Buffer::new()).unwrap_err();
+    assert!(
+        matches!(error, Error::Memory { pid, .. } if pid == source.pid),
+        "{error}"
+    );
+}
