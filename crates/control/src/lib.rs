@@ -1,1 +1,102 @@
-//! WIP
+//! The control plane: what sandboxes and templates there are to be.
+//!
+//! `control` holds intent and the API's truth: keys, templates, sandboxes with their timeouts,
+//! metadata and tokens. The fleet below it holds fact. Three services make up its face, gathered
+//! in [`Control`]: [`Keys`](keys::Keys), [`Templates`](template::Templates) and
+//! [`Sandboxes`](sandbox::Sandboxes). None of them knows HTTP.
+//!
+//! Invariants:
+//! - A sandbox changes state in [`lifecycle::next`] and nowhere else; kill is legal in every state.
+//! - What a client is told is in the database first; what is in memory can be rebuilt from it.
+//! - Every VM of the fleet belongs to a sandbox here, or is killed.
+//! - Operations on VMs outlive the client that asked for them; a sandbox that nobody learned of is
+//!   killed.
+//! - An API key is stored as a hash only; a sandbox's environment is not stored at all.
+
+mod db;
+mod error;
+pub mod fleet;
+pub mod keys;
+pub mod lifecycle;
+pub mod sandbox;
+mod secret;
+pub mod template;
+
+use std::path::PathBuf;
+
+pub use self::error::{Error, Result};
+use self::{
+    db::Db,
+    fleet::SharedFleet,
+    keys::Keys,
+    sandbox::{Reconciled, SandboxConfig, Sandboxes},
+    template::Templates,
+};
+
+/// Where the control plane keeps its state and how it behaves.
+#[derive(Debug, Clone)]
+pub struct ControlConfig {
+    /// The database file; made if it is missing, in a directory that exists.
+    pub database: PathBuf,
+    /// How sandboxes are watched over.
+    pub sandboxes: SandboxConfig,
+}
+
+impl ControlConfig {
+    /// Defaults, with the database in this file.
+    #[must_use]
+    pub fn new(database: impl Into<PathBuf>) -> Self {
+        Self {
+            database: database.into(),
+            sandboxes: SandboxConfig::default(),
+        }
+    }
+}
+
+/// The services of the control plane. Cheap to clone.
+#[derive(Clone)]
+pub struct Control {
+    /// Who may call.
+    pub keys: Keys,
+    /// What sandboxes are made from.
+    pub templates: Templates,
+    /// The sandboxes.
+    pub sandboxes: Sandboxes,
+    /// The machines below.
+    pub fleet: SharedFleet,
+    db: Db,
+}
+
+impl Control {
+    /// Opens the database, compares it with the fleet, and starts the tasks that watch over
+    /// sandboxes.
+    pub async fn open(config: ControlConfig, fleet: SharedFleet) -> Result<(Self, Reconciled)> {
+        let db = Db::open(&config.database).await?;
+        let keys = Keys::open(db.clone()).await?;
+        let templates = Templates::open(db.clone(), fleet.clone()).await?;
+        let (sandboxes, reconciled) = Sandboxes::open(
+            config.sandboxes,
+            db.clone(),
+            fleet.clone(),
+            templates.clone(),
+        )
+        .await?;
+        Ok((
+            Self {
+                keys,
+                templates,
+                sandboxes,
+                fleet,
+                db,
+            },
+            reconciled,
+        ))
+    }
+
+    /// Stops watching, waits for operations under way, and closes the database. Sandboxes run on.
+    pub async fn close(&self) {
+        self.sandboxes.close().await;
+        self.templates.close().await;
+        self.db.close().await;
+    }
+}

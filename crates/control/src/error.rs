@@ -1,0 +1,156 @@
+//! What can go wrong above the node.
+
+use cubicle_ids::{SandboxId, SnapshotId};
+
+use crate::fleet::FleetError;
+
+/// Why a domain service refused or failed. Each message names what was attempted and on what.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No live sandbox has this id.
+    #[error("Sandbox {id} was not found: it never existed, was killed, or reached its end of life")]
+    SandboxNotFound {
+        /// The id that was asked for.
+        id: SandboxId,
+    },
+    /// Nothing that a sandbox could be made from has this name.
+    #[error(
+        "Template '{reference}' was not found: no template id, alias, name:tag or snapshot id reads like that"
+    )]
+    TemplateNotFound {
+        /// The reference as it was given.
+        reference: String,
+    },
+    /// The template exists, but no build of it has succeeded.
+    #[error("Template '{reference}' has no finished build yet: {status}")]
+    TemplateNotReady {
+        /// The reference as it was given.
+        reference: String,
+        /// What its latest build is doing.
+        status: String,
+    },
+    /// The template exists, this build of it does not.
+    #[error("Template '{template}' has no build {build}")]
+    BuildNotFound {
+        /// The template as it was given.
+        template: String,
+        /// The build that was asked for.
+        build: String,
+    },
+    /// Another build of this template is under way.
+    #[error("Template '{template}' is being built already (build {build}); wait for it to end")]
+    BuildInProgress {
+        /// The template.
+        template: String,
+        /// The build that runs.
+        build: uuid::Uuid,
+    },
+    /// A value makes no sense.
+    #[error("{field}: {why}")]
+    Invalid {
+        /// The field, as the client spells it.
+        field: &'static str,
+        /// What is wrong with it and what would be right.
+        why: String,
+    },
+    /// A value makes sense, but this server cannot do it.
+    #[error("{what} is not supported by this server")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+    },
+    /// The sandbox is in a state in which this cannot be done.
+    #[error("Sandbox {id} is {state}: {why}")]
+    Conflict {
+        /// The sandbox.
+        id: SandboxId,
+        /// Its state.
+        state: crate::lifecycle::State,
+        /// What cannot be done.
+        why: &'static str,
+    },
+    /// The idempotency key was used for another request.
+    #[error("Idempotency key '{key}' was used for a different request body")]
+    IdempotencyMismatch {
+        /// The key.
+        key: String,
+    },
+    /// The request that first used the idempotency key is still running.
+    #[error("the first request with idempotency key '{key}' is still in progress")]
+    IdempotencyInProgress {
+        /// The key.
+        key: String,
+    },
+    /// The sandbox was killed before its creation ended.
+    #[error("Sandbox {id} was killed while it was being created")]
+    KilledDuringCreate {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// The snapshot behind a template is gone from the node.
+    #[error(
+        "the snapshot {id} behind '{reference}' is missing on the node; build the template again"
+    )]
+    SnapshotLost {
+        /// The snapshot.
+        id: SnapshotId,
+        /// What the client asked for.
+        reference: String,
+    },
+    /// The node failed or refused.
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
+    /// The database failed.
+    #[error("cannot {doing} in the database: {source}")]
+    Database {
+        /// What was attempted.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// The database's schema could not be brought up to date.
+    #[error("cannot bring the schema of {path} up to date: {source}")]
+    Migrate {
+        /// The database file.
+        path: std::path::PathBuf,
+        /// Why it failed.
+        #[source]
+        source: sqlx::migrate::MigrateError,
+    },
+    /// A row of the database cannot be understood.
+    #[error("the database row of {what} is damaged: {why}")]
+    Damaged {
+        /// Which row.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The server is stopping.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
+impl Error {
+    /// For `map_err` on a query: says what was attempted.
+    pub(crate) fn database(doing: &'static str) -> impl FnOnce(sqlx::Error) -> Self {
+        move |source| Self::Database { doing, source }
+    }
+
+    pub(crate) fn invalid(field: &'static str, why: impl Into<String>) -> Self {
+        Self::Invalid {
+            field,
+            why: why.into(),
+        }
+    }
+
+    pub(crate) fn damaged(what: impl Into<String>, why: impl ToString) -> Self {
+        Self::Damaged {
+            what: what.into(),
+            why: why.to_string(),
+        }
+    }
+}
+
+/// Result of a domain service.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

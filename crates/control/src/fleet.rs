@@ -1,0 +1,273 @@
+//! What control asks of the machines.
+//!
+//! [`Fleet`] is the whole of it: one node today, a scheduler over many later. Facts live below this
+//! line, intent above it.
+
+#[cfg(any(test, feature = "testing"))]
+pub mod memory;
+
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use cubicle_ids::{SandboxId, SnapshotId, TemplateId};
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use tokio::sync::{broadcast, mpsc};
+use uuid::Uuid;
+
+/// The machines that run VMs.
+#[async_trait]
+pub trait Fleet: Send + Sync + 'static {
+    /// Restores a snapshot as a new sandbox; returns once its guest has answered.
+    async fn create(&self, order: CreateOrder) -> Result<Created, FleetError>;
+    /// Ends a sandbox and releases everything of it. Returns false if there was none. Must be safe
+    /// to call at any time, also while the sandbox is being created.
+    async fn kill(&self, id: &SandboxId) -> Result<bool, FleetError>;
+    /// The sandboxes that exist.
+    async fn sandboxes(&self) -> Result<Vec<Fact>, FleetError>;
+    /// The life a sandbox is in, or `None` if there is no VM of it.
+    fn generation(&self, id: &SandboxId) -> Option<u64>;
+    /// What a sandbox uses right now.
+    async fn usage(&self, id: &SandboxId) -> Result<Usage, FleetError>;
+    /// Cold boots an image, waits until it is ready, and publishes a snapshot of it.
+    async fn build(
+        &self,
+        order: BuildOrder,
+        progress: mpsc::UnboundedSender<BuildStep>,
+    ) -> Result<Built, FleetError>;
+    /// Deletes a snapshot. Sandboxes made from it run on. False: there was none.
+    async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError>;
+    /// What happens without being asked for, from now on.
+    fn events(&self) -> broadcast::Receiver<FleetEvent>;
+    /// The machines and how full they are.
+    async fn machines(&self) -> Result<Vec<Machine>, FleetError>;
+}
+
+/// A shared fleet.
+pub type SharedFleet = Arc<dyn Fleet>;
+
+/// Why the machines refused or failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum FleetError {
+    /// There is no VM of this sandbox.
+    #[error("sandbox {id} has no VM")]
+    NoSandbox {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// The snapshot to restore does not exist.
+    #[error("snapshot {id} does not exist on the node")]
+    NoSnapshot {
+        /// The snapshot.
+        id: SnapshotId,
+    },
+    /// No machine has room for one more sandbox.
+    #[error("no room for another sandbox: {why}")]
+    Capacity {
+        /// What ran out.
+        why: String,
+    },
+    /// The machines cannot do this at all.
+    #[error("{what} is not supported by this server")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+    },
+    /// It did not work this time.
+    #[error("cannot {doing}: {why}")]
+    Failed {
+        /// What was attempted, with the id.
+        doing: String,
+        /// Why it failed, with all causes.
+        why: String,
+    },
+}
+
+/// A new sandbox.
+#[derive(Debug, Clone)]
+pub struct CreateOrder {
+    /// Its id, chosen by the caller.
+    pub id: SandboxId,
+    /// What to restore.
+    pub snapshot: SnapshotId,
+    /// The template it counts as, for the guest's environment.
+    pub template: TemplateId,
+    /// Environment of every process that is started in it.
+    pub env_vars: Vec<(String, String)>,
+    /// What clients of its guest daemon must present.
+    pub envd_token: String,
+    /// What it may reach.
+    pub network: NetworkOptions,
+}
+
+/// A sandbox that answers.
+#[derive(Debug, Clone)]
+pub struct Created {
+    /// The life it is in.
+    pub generation: u64,
+    /// How long each step took, in order.
+    pub phases: Vec<Phase>,
+}
+
+/// One step of an operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Phase {
+    /// A word: letters, digits and `_`.
+    pub name: &'static str,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// A sandbox that exists on a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fact {
+    /// The sandbox.
+    pub id: SandboxId,
+    /// The life it is in.
+    pub generation: u64,
+}
+
+/// Something that nobody asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FleetEvent {
+    /// A VM ended by itself.
+    Exited {
+        /// Its sandbox.
+        id: SandboxId,
+        /// The life that ended.
+        generation: u64,
+    },
+}
+
+/// What a sandbox uses. Sizes in bytes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Usage {
+    /// CPUs it has.
+    pub cpu_count: u32,
+    /// How busy they are, 100 = one of them fully.
+    pub cpu_used_pct: f64,
+    /// Memory that its processes use.
+    pub mem_used: u64,
+    /// Memory it has.
+    pub mem_total: u64,
+    /// Memory that holds its page cache.
+    pub mem_cache: u64,
+    /// Used part of its root file system.
+    pub disk_used: u64,
+    /// Size of its root file system.
+    pub disk_total: u64,
+}
+
+/// A template to build.
+#[derive(Debug, Clone)]
+pub struct BuildOrder {
+    /// The template.
+    pub template: TemplateId,
+    /// This build of it.
+    pub build: Uuid,
+    /// Name of the recipe that makes its root file system.
+    pub recipe: String,
+    /// CPUs of its sandboxes.
+    pub cpu_count: u32,
+    /// Memory of its sandboxes.
+    pub memory_mib: u32,
+    /// Size of their root disk.
+    pub disk_mib: u32,
+}
+
+/// A template that was built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Built {
+    /// What its sandboxes are restored from.
+    pub snapshot: SnapshotId,
+}
+
+/// One line of a build's progress.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuildStep {
+    /// How grave it is.
+    pub level: Level,
+    /// The step it belongs to, if any.
+    pub step: Option<String>,
+    /// What to tell a person.
+    pub message: String,
+}
+
+/// How grave a line of a log is. Ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// For who looks closely.
+    Debug,
+    /// What happened.
+    Info,
+    /// What may become a problem.
+    Warn,
+    /// What is one.
+    Error,
+}
+
+impl Level {
+    /// The word on the wire and in the database.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Debug => "debug",
+            Self::Info => "info",
+            Self::Warn => "warn",
+            Self::Error => "error",
+        }
+    }
+
+    /// The inverse of [`Self::as_str`].
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Debug, Self::Info, Self::Warn, Self::Error]
+            .into_iter()
+            .find(|level| level.as_str() == word)
+    }
+}
+
+/// What a sandbox may reach and who may reach it. As stored; an absent value is the default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NetworkOptions {
+    /// `Some(false)`: nothing outside but what [`Self::allow_out`] lists.
+    pub allow_internet: Option<bool>,
+    /// Destinations that are allowed whatever else is said.
+    pub allow_out: Vec<Ipv4Net>,
+    /// Destinations that are refused.
+    pub deny_out: Vec<Ipv4Net>,
+    /// `Some(false)`: requests to its ports need its traffic token.
+    pub allow_public_traffic: Option<bool>,
+    /// What its servers are told as `Host`; `${PORT}` stands for the port.
+    pub mask_request_host: Option<String>,
+}
+
+/// One machine.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Its name.
+    pub id: String,
+    /// Its address for people.
+    pub address: Ipv4Addr,
+    /// CPUs it has, in thousandths.
+    pub cpu_milli: u64,
+    /// CPUs promised to sandboxes, in thousandths.
+    pub cpu_milli_used: u64,
+    /// Memory it has.
+    pub memory_mib: u64,
+    /// Memory promised to sandboxes.
+    pub memory_mib_used: u64,
+    /// Sandboxes it has room for.
+    pub slots: u32,
+    /// Sandboxes on it.
+    pub slots_used: u32,
+    /// Network slots that wait ready-made.
+    pub slots_ready: u32,
+    /// The hypervisor and its accelerator, for people.
+    pub hypervisor: String,
+    /// When it last reported.
+    pub heartbeat: OffsetDateTime,
+}

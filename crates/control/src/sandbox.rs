@@ -1,0 +1,330 @@
+//! Sandboxes: created, found, given more time, ended.
+//!
+//! [`Sandboxes`] keeps every live sandbox in memory and writes each change to the database before
+//! it is visible, so that a restart finds what clients were told. Operations on VMs run in tasks of
+//! their own: a client that goes away interrupts none of them.
+
+mod create;
+mod deadline;
+mod end;
+mod log;
+mod model;
+mod query;
+mod reconcile;
+mod registry;
+mod sampler;
+mod store;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use cubicle_ids::SandboxId;
+use time::OffsetDateTime;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use self::{
+    create::{CreateSandbox, Creation, Idempotency},
+    log::{LogQuery, MAX_LOG_PAGE},
+    model::{EndReason, Lifetime, LogEntry, MAX_LIFETIME, Sample, Sandbox},
+    query::{BadCursor, Cursor, ListQuery, MAX_PAGE, Order, Page},
+    reconcile::Reconciled,
+};
+use self::{
+    deadline::Deadlines,
+    log::Log,
+    model::later,
+    registry::{Entry, Registry},
+    store::Store,
+};
+use crate::{
+    db::{Db, now},
+    error::{Error, Result},
+    fleet::{Level, SharedFleet},
+    lifecycle::State,
+    template::Templates,
+};
+
+/// How the sandbox service behaves.
+#[derive(Debug, Clone)]
+pub struct SandboxConfig {
+    /// Time between two samples of what a sandbox uses.
+    pub sample_every: Duration,
+    /// Time from its creation to the first one.
+    pub first_sample_after: Duration,
+    /// How long the row and the log of a dead sandbox are kept, and its idempotency key honoured.
+    pub keep_dead: Duration,
+    /// How long a kill may take before its caller is told that it goes on in the background.
+    pub kill_patience: Duration,
+}
+
+impl Default for SandboxConfig {
+    fn default() -> Self {
+        Self {
+            sample_every: Duration::from_secs(5),
+            first_sample_after: Duration::from_millis(500),
+            keep_dead: Duration::from_secs(24 * 3600),
+            kill_patience: Duration::from_secs(30),
+        }
+    }
+}
+
+/// The sandboxes of this server. Cheap to clone.
+#[derive(Clone)]
+pub struct Sandboxes {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: SandboxConfig,
+    fleet: SharedFleet,
+    templates: Templates,
+    store: Store,
+    log: Log,
+    registry: Registry,
+    deadlines: Deadlines,
+    /// Every task that must end before the server may.
+    tasks: TaskTracker,
+    stopping: CancellationToken,
+}
+
+impl Sandboxes {
+    /// Loads the live sandboxes, compares them with what the fleet has, and starts the tasks that
+    /// watch over them.
+    pub(crate) async fn open(
+        config: SandboxConfig,
+        db: Db,
+        fleet: SharedFleet,
+        templates: Templates,
+    ) -> Result<(Self, Reconciled)> {
+        let tasks = TaskTracker::new();
+        let (log, log_writer) = Log::open(db.clone());
+        // Not tracked: it ends with the last `Log`, which the tracked tasks hold.
+        tokio::spawn(log_writer);
+        let this = Self {
+            inner: Arc::new(Inner {
+                config,
+                fleet,
+                templates,
+                store: Store::new(db),
+                log,
+                registry: Registry::default(),
+                deadlines: Deadlines::default(),
+                tasks,
+                stopping: CancellationToken::new(),
+            }),
+        };
+        // Subscribed before the comparison, so that nothing that happens in between is missed.
+        let events = this.inner.fleet.events();
+        let reconciled = this.inner.reconcile().await?;
+        this.inner.start_tasks(events);
+        Ok((this, reconciled))
+    }
+
+    /// A sandbox that clients can see.
+    pub fn get(&self, id: &SandboxId) -> Result<Arc<Sandbox>> {
+        self.inner.visible(id).map(|entry| entry.sandbox())
+    }
+
+    /// Every sandbox that clients can see, in no order. Touches no database: fit for hot paths.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Sandbox>> {
+        let mut all = self.inner.registry.sandboxes();
+        all.retain(|sandbox| sandbox.state.visible().is_some());
+        all
+    }
+
+    /// How many sandboxes are in each state, dead ones left out.
+    #[must_use]
+    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
+        let mut counts: BTreeMap<_, _> = State::ALL
+            .into_iter()
+            .filter(|state| *state != State::Dead)
+            .map(|state| (state.as_str(), 0))
+            .collect();
+        for sandbox in self.inner.registry.sandboxes() {
+            *counts.entry(sandbox.state.as_str()).or_default() += 1;
+        }
+        counts
+    }
+
+    /// A page of sandboxes.
+    pub async fn list(&self, query: &ListQuery) -> Result<Page> {
+        let template = match &query.template {
+            Some(reference) => self.inner.templates.find_id(reference).await?,
+            None => None,
+        };
+        Ok(query.page(self.inner.registry.sandboxes(), template.as_ref()))
+    }
+
+    /// Sets a sandbox's end, measured from now. May shorten its life; zero ends it.
+    pub async fn set_lifetime(&self, id: &SandboxId, lifetime: Lifetime) -> Result<Arc<Sandbox>> {
+        let entry = self.inner.visible(id)?;
+        let sandbox = self.inner.move_end(&entry, |_| lifetime.end(now())).await?;
+        let end = sandbox
+            .end_at
+            .map_or_else(|| "never".to_owned(), |end| end.to_string());
+        self.inner
+            .log
+            .line(id, Level::Info, "timeout set", [("end_at", end)]);
+        Ok(sandbox)
+    }
+
+    /// Gives a sandbox at least this long from now. Never shortens its life.
+    pub async fn extend(&self, id: &SandboxId, lifetime: Lifetime) -> Result<Arc<Sandbox>> {
+        let entry = self.inner.visible(id)?;
+        self.inner
+            .move_end(&entry, |sandbox| later(sandbox.end_at, lifetime.end(now())))
+            .await
+    }
+
+    /// What a client needs in order to use a sandbox that runs already; gives it at least
+    /// `lifetime` from now.
+    pub async fn connect(&self, id: &SandboxId, lifetime: Lifetime) -> Result<Arc<Sandbox>> {
+        let entry = self.inner.visible(id)?;
+        let state = entry.sandbox().state;
+        if state != State::Running {
+            let why = "it cannot be connected to";
+            return Err(Error::Conflict {
+                id: id.clone(),
+                state,
+                why,
+            });
+        }
+        self.inner
+            .move_end(&entry, |sandbox| later(sandbox.end_at, lifetime.end(now())))
+            .await
+    }
+
+    /// What a sandbox used, sampled every few seconds, oldest first, both ends included. Half an
+    /// hour is kept.
+    pub fn metrics(
+        &self,
+        id: &SandboxId,
+        start: Option<OffsetDateTime>,
+        end: Option<OffsetDateTime>,
+    ) -> Result<Vec<Sample>> {
+        Ok(self.inner.visible(id)?.samples(start, end))
+    }
+
+    /// The latest sample of each of these sandboxes, or of all; those without one are left out.
+    #[must_use]
+    pub fn latest_metrics(&self, ids: Option<&[SandboxId]>) -> BTreeMap<SandboxId, Sample> {
+        let entries = match ids {
+            Some(ids) => ids
+                .iter()
+                .filter_map(|id| self.inner.visible(id).ok())
+                .collect(),
+            None => self.inner.registry.entries(),
+        };
+        entries
+            .into_iter()
+            .filter_map(|entry| {
+                let sandbox = entry.sandbox();
+                sandbox.state.visible()?;
+                Some((sandbox.id.clone(), entry.latest_sample()?))
+            })
+            .collect()
+    }
+
+    /// A part of a sandbox's log. Works for a while after its end, too.
+    pub async fn log(&self, id: &SandboxId, query: &LogQuery) -> Result<Vec<LogEntry>> {
+        if self.inner.registry.get(id).is_none() && self.inner.store.get(id).await?.is_none() {
+            return Err(Error::SandboxNotFound { id: id.clone() });
+        }
+        self.inner.log.read(id, query).await
+    }
+
+    /// Ends the tasks that watch over sandboxes and waits for operations under way. The sandboxes
+    /// themselves run on.
+    pub(crate) async fn close(&self) {
+        self.inner.stopping.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+}
+
+#[cfg(any(test, feature = "testing"))]
+impl Sandboxes {
+    /// How many sandboxes and deadlines are in memory, for tests that look for leaks.
+    #[must_use]
+    pub fn in_memory(&self) -> (usize, usize) {
+        (
+            self.inner.registry.entries().len(),
+            self.inner.deadlines.len(),
+        )
+    }
+
+    /// The ids of all of them, also of those that clients do not see.
+    #[must_use]
+    pub fn ids_in_memory(&self) -> Vec<SandboxId> {
+        self.inner
+            .registry
+            .sandboxes()
+            .iter()
+            .map(|sandbox| sandbox.id.clone())
+            .collect()
+    }
+}
+
+impl Inner {
+    /// The entry of a sandbox that clients can see.
+    fn visible(&self, id: &SandboxId) -> Result<Arc<Entry>> {
+        self.registry
+            .get(id)
+            .filter(|entry| entry.sandbox().state.visible().is_some())
+            .ok_or_else(|| Error::SandboxNotFound { id: id.clone() })
+    }
+
+    /// Moves the end of a sandbox: in the database first, then in memory and for the timer.
+    async fn move_end(
+        &self,
+        entry: &Entry,
+        end: impl FnOnce(&Sandbox) -> Option<OffsetDateTime>,
+    ) -> Result<Arc<Sandbox>> {
+        let _one_at_a_time = entry.end_change.lock().await;
+        let before = entry.sandbox();
+        let not_found = || Error::SandboxNotFound {
+            id: before.id.clone(),
+        };
+        before.state.visible().ok_or_else(not_found)?;
+        let end_at = end(&before);
+        if end_at == before.end_at {
+            return Ok(before);
+        }
+        self.store
+            .update(&Sandbox {
+                end_at,
+                ..Sandbox::clone(&before)
+            })
+            .await?;
+        let after = entry
+            .change(|sandbox| sandbox.end_at = end_at)
+            .ok_or_else(not_found)?;
+        self.deadlines.change(&after.id, before.end_at, end_at);
+        Ok(after)
+    }
+}
+
+/// A running sandbox for tests of this module's parts.
+#[cfg(test)]
+fn test_sandbox() -> Sandbox {
+    use cubicle_ids::{SnapshotId, TemplateId};
+    Sandbox {
+        id: SandboxId::generate(),
+        template: TemplateId::generate(),
+        build: uuid::Uuid::new_v4(),
+        snapshot: SnapshotId::generate(),
+        alias: None,
+        state: State::Running,
+        metadata: BTreeMap::new(),
+        network: crate::fleet::NetworkOptions::default(),
+        envd_token: "token".into(),
+        traffic_token: None,
+        envd_version: "0.6.13".into(),
+        cpu_count: 1,
+        memory_mib: 256,
+        disk_mib: 1024,
+        generation: 1,
+        started_at: now(),
+        end_at: Some(now() + time::Duration::HOUR),
+    }
+}

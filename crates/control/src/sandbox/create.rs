@@ -1,0 +1,279 @@
+//! How a sandbox comes to be.
+
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
+
+use cubicle_ids::SandboxId;
+use tokio::sync::oneshot;
+
+use super::{EndReason, Entry, Inner, Lifetime, Sandbox, Sandboxes, sampler, store::FirstUse};
+use crate::{
+    db::now,
+    error::{Error, Result},
+    fleet::{CreateOrder, FleetError, Level, NetworkOptions, Phase},
+    lifecycle::{Event, State},
+    secret,
+    template::Resolved,
+};
+
+/// Random bytes of an access token.
+const TOKEN_BYTES: usize = 20;
+
+/// A sandbox to create.
+#[derive(Debug, Clone)]
+pub struct CreateSandbox {
+    /// What to make it from: a template id, an alias, `name:tag`, or a snapshot id.
+    pub template: String,
+    /// How long it is to live, measured from the moment it answers.
+    pub lifetime: Lifetime,
+    /// What to attach to it.
+    pub metadata: BTreeMap<String, String>,
+    /// Environment of every process that is started in it. Not stored.
+    pub env_vars: Vec<(String, String)>,
+    /// What it may reach and who may reach it.
+    pub network: NetworkOptions,
+    /// Makes a repetition of this request return the same sandbox.
+    pub idempotency: Option<Idempotency>,
+}
+
+/// What makes two create requests the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Idempotency {
+    /// Chosen by the client; scoped by the caller to whoever it is.
+    pub key: String,
+    /// SHA-256 of what was asked for.
+    pub body_hash: [u8; 32],
+}
+
+/// A sandbox that was created.
+#[derive(Debug, Clone)]
+pub struct Creation {
+    /// The sandbox.
+    pub sandbox: Arc<Sandbox>,
+    /// How long each step took, in order.
+    pub phases: Vec<Phase>,
+    /// True if an earlier request with the same idempotency key created it.
+    pub replayed: bool,
+}
+
+impl Sandboxes {
+    /// Creates a sandbox and returns once it answers.
+    ///
+    /// The work is done by a task of its own. When this future is dropped before it ends, nobody
+    /// knows the sandbox's id, so the task kills it; unless there is an idempotency key, with which
+    /// the client can ask for it again.
+    pub async fn create(&self, request: CreateSandbox) -> Result<Creation> {
+        let inner = Arc::clone(&self.inner);
+        if inner.stopping.is_cancelled() {
+            return Err(Error::ShuttingDown);
+        }
+        let (answer, answered) = oneshot::channel();
+        self.inner.tasks.spawn(async move {
+            let can_ask_again = request.idempotency.is_some();
+            let result = inner.create(request).await;
+            let created = result
+                .as_ref()
+                .ok()
+                .map(|creation| Arc::clone(&creation.sandbox));
+            let unheard = answer.send(result).is_err();
+            if let Some(sandbox) = created
+                && unheard
+                && !can_ask_again
+                && let Some(entry) = inner.registry.get(&sandbox.id)
+            {
+                tracing::info!(sandbox = %sandbox.id, "nobody waits for it any more");
+                inner.begin_end(&entry, EndReason::Abandoned, |_| true);
+            }
+        });
+        answered.await.unwrap_or(Err(Error::ShuttingDown))
+    }
+}
+
+impl Inner {
+    async fn create(self: &Arc<Self>, request: CreateSandbox) -> Result<Creation> {
+        let mut clock = Clock::start();
+        let resolved = self.templates.resolve(&request.template).await?;
+        clock.lap("resolve");
+        let sandbox = new_sandbox(&request, &resolved);
+        if let Some(first) = self
+            .store
+            .insert(&sandbox, request.idempotency.as_ref())
+            .await?
+        {
+            return self.replay(request.idempotency, first).await;
+        }
+        clock.lap("record");
+
+        let id = sandbox.id.clone();
+        let entry = self.registry.insert(sandbox);
+        let order = CreateOrder {
+            id: id.clone(),
+            snapshot: resolved.snapshot.clone(),
+            template: resolved.template.clone(),
+            env_vars: request.env_vars,
+            envd_token: entry.sandbox().envd_token.clone(),
+            network: request.network,
+        };
+        let created = self.fleet.create(order).await;
+        entry.settled.cancel();
+        let created = match created {
+            Ok(created) => created,
+            Err(error) => {
+                self.creation_failed(&entry, &error).await;
+                return Err(match error {
+                    FleetError::NoSnapshot { id } => Error::SnapshotLost {
+                        id,
+                        reference: request.template,
+                    },
+                    error => error.into(),
+                });
+            }
+        };
+        clock.phases.extend(created.phases);
+        clock.skip();
+
+        let sandbox = self
+            .came_alive(&entry, created.generation, request.lifetime)
+            .await?;
+        clock.lap("publish");
+        sampler::sample_soon(self, entry);
+        self.templates.count_spawn(&resolved.template);
+        Ok(Creation {
+            sandbox,
+            phases: clock.phases,
+            replayed: false,
+        })
+    }
+
+    /// Makes a sandbox that answers visible: in memory, in the database, for the timer.
+    async fn came_alive(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        generation: u64,
+        lifetime: Lifetime,
+    ) -> Result<Arc<Sandbox>> {
+        let started_at = now();
+        let moved = entry.apply(Event::Created, |sandbox| {
+            sandbox.generation = generation;
+            sandbox.started_at = started_at;
+            sandbox.end_at = lifetime.end(started_at);
+        });
+        let Some(moved) = moved.filter(|moved| moved.sandbox.state == State::Running) else {
+            // Whoever killed it meanwhile has been waiting for `settled` and tears it down.
+            return Err(Error::KilledDuringCreate {
+                id: entry.sandbox().id.clone(),
+            });
+        };
+        let sandbox = moved.sandbox;
+        if let Err(error) = self.store.update(&sandbox).await {
+            self.begin_end(entry, EndReason::CreateFailed, |_| true);
+            return Err(error);
+        }
+        self.deadlines.change(&sandbox.id, None, sandbox.end_at);
+        self.log.line(
+            &sandbox.id,
+            Level::Info,
+            "sandbox created",
+            [
+                ("template", sandbox.template.to_string()),
+                ("snapshot", sandbox.snapshot.to_string()),
+            ],
+        );
+        // It may have died before it was visible, and its exit event found nothing to end.
+        if self.fleet.generation(&sandbox.id).is_none() {
+            self.exited(&sandbox.id, generation);
+        }
+        Ok(sandbox)
+    }
+
+    async fn creation_failed(self: &Arc<Self>, entry: &Arc<Entry>, error: &FleetError) {
+        let id = entry.sandbox().id.clone();
+        let reason = entry.end_reason(EndReason::CreateFailed);
+        self.log
+            .line(&id, Level::Error, format!("creation failed: {error}"), []);
+        if entry
+            .apply(Event::CreateFailed, |_| ())
+            .is_some_and(|m| m.sandbox.state == State::Dead)
+        {
+            self.forget(entry, reason).await;
+        }
+    }
+
+    async fn replay(&self, idempotency: Option<Idempotency>, first: FirstUse) -> Result<Creation> {
+        // Only an insert with a key finds a first use of it.
+        let Some(Idempotency { key, body_hash }) = idempotency else {
+            return Err(Error::SandboxNotFound { id: first.sandbox });
+        };
+        if body_hash.as_slice() != first.body_hash {
+            return Err(Error::IdempotencyMismatch { key });
+        }
+        let live = self
+            .registry
+            .get(&first.sandbox)
+            .map(|entry| entry.sandbox());
+        let sandbox = match live {
+            Some(sandbox) if sandbox.state == State::Creating => {
+                return Err(Error::IdempotencyInProgress { key });
+            }
+            Some(sandbox) => sandbox,
+            None => match self.store.get(&first.sandbox).await? {
+                Some(sandbox) => Arc::new(sandbox),
+                None => return Err(Error::SandboxNotFound { id: first.sandbox }),
+            },
+        };
+        Ok(Creation {
+            sandbox,
+            phases: Vec::new(),
+            replayed: true,
+        })
+    }
+}
+
+fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
+    let closed = request.network.allow_public_traffic == Some(false);
+    Sandbox {
+        id: SandboxId::generate(),
+        template: resolved.template.clone(),
+        build: resolved.build,
+        snapshot: resolved.snapshot.clone(),
+        alias: resolved.alias.clone(),
+        state: State::Creating,
+        metadata: request.metadata.clone(),
+        network: request.network.clone(),
+        envd_token: secret::hex(TOKEN_BYTES),
+        traffic_token: closed.then(|| secret::hex(TOKEN_BYTES)),
+        envd_version: resolved.envd_version.clone(),
+        cpu_count: resolved.cpu_count,
+        memory_mib: resolved.memory_mib,
+        disk_mib: resolved.disk_mib,
+        generation: 0,
+        started_at: now(),
+        end_at: None,
+    }
+}
+
+/// Times consecutive steps.
+struct Clock {
+    phases: Vec<Phase>,
+    last: Instant,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self {
+            phases: Vec::new(),
+            last: Instant::now(),
+        }
+    }
+
+    fn lap(&mut self, name: &'static str) {
+        self.phases.push(Phase {
+            name,
+            took: self.last.elapsed(),
+        });
+        self.skip();
+    }
+
+    fn skip(&mut self) {
+        self.last = Instant::now();
+    }
+}

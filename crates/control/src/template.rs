@@ -1,0 +1,203 @@
+//! Templates: named snapshots to make sandboxes from, and how they are built.
+//!
+//! A template has aliases (names for people) and tags (names of builds; `default` is meant when
+//! none is said). A build that no tag stands for any more loses its snapshot; sandboxes that were
+//! made from it run on.
+
+mod build;
+mod model;
+mod name;
+mod store;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use cubicle_ids::{SnapshotId, TemplateId};
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use self::store::Store;
+pub use self::{
+    build::{BuildTemplate, Size},
+    model::{Build, BuildLine, BuildStatus, Resolved, Template},
+    name::{BadName, DEFAULT_TAG, Reference, is_tag},
+};
+use crate::{
+    db::Db,
+    error::{Error, Result},
+    fleet::SharedFleet,
+};
+
+/// The templates of this server. Cheap to clone.
+#[derive(Clone)]
+pub struct Templates {
+    store: Store,
+    fleet: SharedFleet,
+    /// Builds under way, and how many lines each has logged.
+    running: Arc<Mutex<HashMap<Uuid, watch::Sender<u64>>>>,
+    tasks: TaskTracker,
+}
+
+impl Templates {
+    pub(crate) async fn open(db: Db, fleet: SharedFleet) -> Result<Self> {
+        let this = Self {
+            store: Store::new(db),
+            fleet,
+            running: Arc::default(),
+            tasks: TaskTracker::new(),
+        };
+        let ended = this
+            .store
+            .fail_unfinished("the server stopped during the build")
+            .await?;
+        if ended > 0 {
+            tracing::warn!(ended, "builds of the last run did not finish");
+        }
+        Ok(this)
+    }
+
+    /// Every template, newest first.
+    pub async fn list(&self) -> Result<Vec<Template>> {
+        self.store.load(None).await
+    }
+
+    /// The template that an id, an alias, `name:tag` or a snapshot id stands for.
+    pub async fn get(&self, reference: &str) -> Result<Template> {
+        let not_found = || Error::TemplateNotFound {
+            reference: shorten(reference),
+        };
+        let id = self.find_id(reference).await?.ok_or_else(not_found)?;
+        self.store
+            .load(Some(&id))
+            .await?
+            .pop()
+            .ok_or_else(not_found)
+    }
+
+    /// The id of that template, if there is one. Tags are not looked at.
+    pub async fn find_id(&self, reference: &str) -> Result<Option<TemplateId>> {
+        match reference.parse::<Reference>() {
+            Ok(reference) => self.store.find(&reference.name).await,
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// What a sandbox is to be made from.
+    pub async fn resolve(&self, reference: &str) -> Result<Resolved> {
+        let not_found = || Error::TemplateNotFound {
+            reference: shorten(reference),
+        };
+        let parsed: Reference = reference.parse().map_err(|_| not_found())?;
+        if let Some(resolved) = self.store.resolve(&parsed).await? {
+            return Ok(resolved);
+        }
+        let id = self.store.find(&parsed.name).await?.ok_or_else(not_found)?;
+        let template = self
+            .store
+            .load(Some(&id))
+            .await?
+            .pop()
+            .ok_or_else(not_found)?;
+        if template.current.is_some() {
+            // It is usable, so what is missing is the tag.
+            return Err(not_found());
+        }
+        let status = match template.builds.first() {
+            Some(Build {
+                reason: Some(reason),
+                ..
+            }) => format!("the last one failed: {reason}"),
+            Some(build) => format!("its latest build is {}", build.status.as_str()),
+            None => "none was started".to_owned(),
+        };
+        Err(Error::TemplateNotReady {
+            reference: shorten(reference),
+            status,
+        })
+    }
+
+    /// Deletes a template; with a tag, and other tags beside it, only that tag. Sandboxes that
+    /// were made from it run on.
+    pub async fn delete(&self, reference: &str) -> Result<()> {
+        let not_found = || Error::TemplateNotFound {
+            reference: shorten(reference),
+        };
+        let parsed: Reference = reference.parse().map_err(|_| not_found())?;
+        let id = self.store.find(&parsed.name).await?.ok_or_else(not_found)?;
+        if let Some(tag) = &parsed.tag {
+            if !self.store.has_tag(&id, tag).await? {
+                return Err(not_found());
+            }
+            if let Some(snapshots) = self.store.delete_tag(&id, tag).await? {
+                self.delete_snapshots(snapshots).await;
+                return Ok(());
+            }
+        }
+        let snapshots = self.store.delete(&id).await?;
+        self.delete_snapshots(snapshots).await;
+        Ok(())
+    }
+
+    /// Changes whether a template is for everyone.
+    pub async fn set_public(&self, reference: &str, public: bool) -> Result<Template> {
+        let template = self.get(reference).await?;
+        self.store.set_public(&template.id, public).await?;
+        self.get(template.id.as_str()).await
+    }
+
+    /// One build of a template.
+    pub async fn build_of(&self, reference: &str, build: &str) -> Result<Build> {
+        let template = self.get(reference).await?;
+        let wanted = build.parse::<Uuid>().ok();
+        template
+            .builds
+            .into_iter()
+            .find(|known| Some(known.id) == wanted)
+            .ok_or_else(|| Error::BuildNotFound {
+                template: shorten(reference),
+                build: shorten(build),
+            })
+    }
+
+    /// Lines of a build's log, from the `offset`th on.
+    pub async fn build_log(&self, build: Uuid, offset: u64, limit: u32) -> Result<Vec<BuildLine>> {
+        self.store.read_log(build, offset, limit).await
+    }
+
+    /// Counts one more sandbox of a template, when there is time for it.
+    pub(crate) fn count_spawn(&self, template: &TemplateId) {
+        let (store, template) = (self.store.clone(), template.clone());
+        self.tasks.spawn(async move {
+            if let Err(error) = store.count_spawn(&template).await {
+                tracing::warn!(%template, %error, "a sandbox was not counted");
+            }
+        });
+    }
+
+    /// Waits for builds under way, which the fleet's shutdown ends.
+    pub(crate) async fn close(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    async fn delete_snapshots(&self, snapshots: Vec<SnapshotId>) {
+        for snapshot in snapshots {
+            if let Err(error) = self.fleet.delete_snapshot(&snapshot).await {
+                tracing::error!(%snapshot, %error, "a snapshot that nothing refers to stays");
+            }
+        }
+    }
+}
+
+/// What a client sent, short enough to send back.
+fn shorten(text: &str) -> String {
+    const MAX: usize = 100;
+    let mut short: String = text.chars().take(MAX).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
