@@ -1,3 +1,9 @@
 //! The daemon inside the virtual machine.
 
+pub mod access;
+mod blocking;
+pub mod files;
+pub mod filesystem;
+pub mod http;
 pub mod proto;
+pub mod system;
