@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Removes everything that Cubicle has put on this machine: templates, snapshots, sandboxes, mounts,
+# networks. The packages that were installed for it stay.
+#
+#   deploy/uninstall.sh [--yes]
+#
+# CUBICLE_DATA_DIR names the data directory (/var/lib/cubicle).
+set -euo pipefail
+
+readonly DATA_DIR=${CUBICLE_DATA_DIR:-/var/lib/cubicle}
+readonly RUN_DIR=/run/cubicle
+readonly BIN=/usr/local/bin/cubicle
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# The VMs run under user ids of their own, one for each network slot, from here on.
+readonly VM_UIDS=200000
+readonly VM_UIDS_END=265536
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+((EUID == 0)) || die "this needs root"
+[[ $DATA_DIR == /?*/?* && $DATA_DIR != *..* ]] || die "$DATA_DIR does not look like a data directory of Cubicle"
+if running=$(pgrep -x cubicle); then
+    die "Cubicle is running (process ${running//$'\n'/, }): stop it first, with Ctrl-C or kill"
+fi
+
+if [[ ${1:-} != --yes ]]; then
+    [[ -t 0 ]] || die "say --yes to remove $DATA_DIR with all templates, snapshots and sandboxes"
+    read -rp "Remove $DATA_DIR with all templates, snapshots and sandboxes? [y/N] " answer
+    [[ $answer == [yY]* ]] || exit 1
+fi
+
+# VMs that were kept running, or that outlived a crash.
+while read -r pid uid program; do
+    if ((uid >= VM_UIDS && uid < VM_UIDS_END)) && [[ $program == qemu-system* ]]; then
+        kill -KILL "$pid"
+        while [[ -e /proc/$pid ]]; do sleep 0.05; done
+    fi
+done < <(ps -eo pid=,uid=,comm=)
+
+# The last mounted goes first. A slot's links go with its network namespace.
+while read -r target; do
+    umount --lazy "$target"
+done < <(findmnt --noheadings --raw --output TARGET |
+    awk -v data="$DATA_DIR/" -v run="$RUN_DIR/" 'index($0, data) == 1 || index($0, run) == 1' | tac)
+
+nft -j list tables 2>/dev/null | grep -o '"family": "[a-z0-9]*", "name": "cubicle"' |
+    sed 's/.*family": "\([a-z0-9]*\)".*/\1/' |
+    while read -r family; do nft delete table "$family" cubicle; done || true
+for link in /sys/class/net/cubicle-*; do
+    [[ -e $link ]] && ip link delete "${link##*/}"
+done
+find /sys/fs/cgroup -depth -type d -name 'cubicle*' -exec rmdir --ignore-fail-on-non-empty {} + 2>/dev/null || true
+
+rm -rf --one-file-system "$DATA_DIR" "$RUN_DIR"
+[[ -L $BIN ]] && rm -f "$BIN"
+echo "Cubicle is gone from this machine. Packages that were installed for it have stayed."
