@@ -1,0 +1,196 @@
+//! Restore: the one way in which a snapshot becomes a running VM.
+
+use std::{sync::Arc, time::Instant};
+
+use cubicle_cow::{Snapshot, VolumeName};
+use cubicle_net::EgressPolicy;
+use cubicle_vmm::{Boot, Disk, Limits, VM_UID_BASE, VmSpec};
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
+
+use crate::{
+    create::shape_of,
+    error::{Error, Result},
+    facts::PhaseTimings,
+    holdings::Holdings,
+    journal::{self, Key},
+    link::{Identity, Link},
+    node::{Inner, blocking},
+    sandbox::{Live, check_stop, unless_stopped},
+};
+
+/// What is to be restored, and as what.
+pub(crate) struct Restore<'a> {
+    /// The instance that it becomes.
+    pub(crate) key: Key,
+    pub(crate) snapshot: &'a Snapshot,
+    pub(crate) identity: Identity,
+    pub(crate) egress: Option<EgressPolicy>,
+    pub(crate) limits: Option<Limits>,
+    pub(crate) started_at: OffsetDateTime,
+}
+
+/// A VM that has answered and knows who it is.
+pub(crate) struct Restored {
+    pub(crate) live: Arc<Live>,
+    /// `total` is left to the caller.
+    pub(crate) timings: PhaseTimings,
+}
+
+/// Restores a snapshot. All that is taken goes into `held` at once, where it stays when this fails.
+///
+/// `stop` ends it between steps that must not be cut short and within those that only wait.
+pub(crate) async fn restore(
+    node: &Inner,
+    order: Restore<'_>,
+    held: &mut Holdings,
+    stop: &CancellationToken,
+) -> Result<Restored> {
+    let id = &order.key.sandbox;
+    let mut timings = PhaseTimings::default();
+    check_driver(node, order.snapshot)?;
+
+    // Three things that need nothing of each other. All are seen through, so that `held` tells the
+    // truth whichever of them fails.
+    let Holdings {
+        journaled,
+        slot,
+        volumes,
+        ..
+    } = held;
+    let (intent, slot, disks) = tokio::join!(
+        announce(node, &order, journaled),
+        async {
+            let begun = Instant::now();
+            node.failpoints.pass("create/slot").await?;
+            let slot = slot.insert(node.slots.acquire().await?);
+            if let Some(egress) = &order.egress {
+                node.failpoints.pass("create/egress").await?;
+                slot.set_egress(egress).await?;
+            }
+            timings.slot = begun.elapsed();
+            Ok::<_, Error>((slot.index(), slot.attach()?))
+        }
+        .instrument(tracing::debug_span!("slot")),
+        async {
+            let begun = Instant::now();
+            node.failpoints.pass("create/volume").await?;
+            *volumes = true;
+            let disks = clone_disks(node, &order.key, order.snapshot).await?;
+            timings.volume = begun.elapsed();
+            Ok::<_, Error>(disks)
+        }
+        .instrument(tracing::debug_span!("volume")),
+    );
+    intent?;
+    let ((index, attachment), disks) = (slot?, disks?);
+    check_stop(id, stop)?;
+
+    let begun = Instant::now();
+    let shape = shape_of(order.snapshot);
+    let spec = VmSpec {
+        disks,
+        tap: attachment.tap,
+        netns: attachment.netns,
+        limits: order
+            .limits
+            .unwrap_or_else(|| Limits::for_shape(shape.cpus, shape.memory_mib)),
+        start: true,
+        ..VmSpec::new(
+            id.clone(),
+            node.vm_run_dir(&order.key),
+            VM_UID_BASE + index,
+            shape.cpus,
+            shape.memory_mib,
+            Boot::Restore {
+                memory: order.snapshot.memory_image(),
+                device_state: order.snapshot.device_state(),
+            },
+        )
+    };
+    node.failpoints.pass("create/launch").await?;
+    let launching = node
+        .hypervisor
+        .launch(spec)
+        .instrument(tracing::debug_span!("launch"));
+    let vm = held.vm.insert(launching.await?).clone();
+    timings.launch = begun.elapsed();
+    check_stop(id, stop)?;
+
+    // The journal has the VM before the sandbox is handed out; until then the sweep would find it.
+    let record = vm.record();
+    let (recorded, opened) = tokio::join!(
+        async {
+            node.failpoints.pass("create/record").await?;
+            node.journal.started(&order.key, index, &record).await
+        },
+        unless_stopped(id, stop, async {
+            node.failpoints.pass("create/channel").await?;
+            Link::open(vm.clone(), id, order.identity, node.config.deadlines.answer).await
+        })
+        .instrument(tracing::debug_span!("channel")),
+    );
+    recorded?;
+    let (link, _answer, life) = opened?;
+    timings.channel = life.channel;
+    timings.init = life.init;
+    node.failpoints.pass("create/init").await?;
+    Ok(Restored {
+        live: Arc::new(Live { vm, link }),
+        timings,
+    })
+}
+
+/// Writes down what is about to exist.
+async fn announce(node: &Inner, order: &Restore<'_>, journaled: &mut bool) -> Result<()> {
+    node.failpoints.pass("create/journal").await?;
+    *journaled = true;
+    let row = journal::Row {
+        key: order.key.clone(),
+        snapshot: order.snapshot.id().clone(),
+        step: journal::Step::Creating,
+        shape: shape_of(order.snapshot),
+        slot: None,
+        vm: None,
+        identity: order.identity.init.clone(),
+        created_at: order.started_at,
+        running_at: None,
+    };
+    node.journal.begin(&row).await
+}
+
+/// A clone of each writable disk; the others are used as they are.
+async fn clone_disks(node: &Inner, key: &Key, snapshot: &Snapshot) -> Result<Vec<Disk>> {
+    let (store, key, snapshot) = (node.store.clone(), key.clone(), snapshot.clone());
+    blocking(move || {
+        let disks = (0..).zip(&snapshot.manifest().disks).map(|(n, disk)| {
+            let frozen = snapshot.disk(n);
+            let path = if disk.read_only {
+                frozen
+            } else {
+                let name = VolumeName::new(key.sandbox.clone(), key.generation, n);
+                store.clone_volume(&frozen, &name)?
+            };
+            Ok(Disk {
+                path,
+                read_only: disk.read_only,
+            })
+        });
+        disks.collect()
+    })
+    .await
+}
+
+/// Device state means nothing to another driver than the one that wrote it.
+fn check_driver(node: &Inner, snapshot: &Snapshot) -> Result<()> {
+    let (ours, theirs) = (node.hypervisor.name(), &snapshot.manifest().vm.hypervisor);
+    if ours == theirs {
+        return Ok(());
+    }
+    Err(Error::WrongHypervisor {
+        snapshot: snapshot.id().clone(),
+        theirs: theirs.clone(),
+        ours,
+    })
+}
