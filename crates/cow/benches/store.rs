@@ -121,7 +121,7 @@ fn captures(store: &Store, megabytes: usize) {
         // Runs of 64 KiB, scattered, as a busy guest leaves them.
         let content = noise(64 << 10, round as u64 + 99);
         for run in 0..megabytes * 16 {
-            let at = run * 5 % (GUEST >> 16) << 16;
+            let at = (run * 5 % (GUEST >> 16)) << 16;
             memory[at..at + content.len()].copy_from_slice(&content);
         }
         let source = Source {
