@@ -54,7 +54,10 @@ pub enum Error {
         source: io::Error,
     },
     /// The VM's process ended while something was asked of it.
-    #[error("the process of VM {id} ended while it should {attempt}{}", describe(log))]
+    #[error(
+        "the process of VM {id} ended while it should {attempt}{}",
+        describe(log)
+    )]
     Exited {
         /// Which VM.
         id: SandboxId,
@@ -119,18 +122,33 @@ pub enum Error {
 
 fn describe(log: &str) -> String {
     let log = log.trim();
-    if log.is_empty() { String::new() } else { format!("; it printed: {log}") }
+    if log.is_empty() {
+        String::new()
+    } else {
+        format!("; it printed: {log}")
+    }
 }
 
 impl Error {
-    pub(crate) fn io(attempt: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(
+        attempt: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { attempt, path, source }
+        move |source| Self::Io {
+            attempt,
+            path,
+            source,
+        }
     }
 
     pub(crate) fn host(attempt: &'static str, id: &SandboxId) -> impl FnOnce(io::Error) -> Self {
         let id = id.clone();
-        move |source| Self::Host { attempt, id, source }
+        move |source| Self::Host {
+            attempt,
+            id,
+            source,
+        }
     }
 }
 

@@ -25,8 +25,18 @@ use std::{path::Path, pin::Pin, sync::Arc};
 use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+pub mod cgroup;
+mod confine;
 pub mod error;
+mod jail;
+mod maps;
+mod output;
+pub mod probe;
+mod process;
+pub mod qemu;
+mod remains;
 pub mod spec;
+mod tsc;
 
 pub use error::{Error, Result};
 pub use spec::{
@@ -49,6 +59,10 @@ pub type ChannelStream = Pin<Box<dyn ByteStream>>;
 pub trait Hypervisor: Send + Sync + 'static {
     /// Short name, as recorded in [`VmRecord::driver`]: `qemu`, `fake`.
     fn name(&self) -> &'static str;
+
+    /// Names the machine that this driver makes here: program, its release, accelerator, processor
+    /// model. A snapshot can be restored only where this is what it was when it was taken.
+    fn machine(&self) -> String;
 
     /// Starts a VM and returns when it is loaded: a cold one runs, a restored one is stopped
     /// unless [`VmSpec::start`] is set.

@@ -170,7 +170,11 @@ impl Limits {
     /// No bound at all.
     #[must_use]
     pub fn none() -> Self {
-        Self { cpu_millis: None, memory_mib: None, pids: None }
+        Self {
+            cpu_millis: None,
+            memory_mib: None,
+            pids: None,
+        }
     }
 }
 
@@ -202,8 +206,6 @@ pub struct VmRecord {
 /// Identity of the file that is mapped as guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryFile {
-    /// Device number of the file's file system.
-    pub dev: u64,
     /// Inode number.
     pub inode: u64,
     /// Bytes of guest memory.

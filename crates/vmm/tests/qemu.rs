@@ -1,0 +1,400 @@
+//! Real VMs under software emulation: life, confinement, restore, adoption, and what is left.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod support;
+
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path, sync::Arc, time::Duration};
+
+use cubicle_vmm::{Boot, Disk, Error, Hypervisor as _, Limits, Vm, VmRecord, VmSpec};
+use support::{
+    Conversation, assert_gone, assert_nothing_left, cold, driver, freeze, spec, template,
+};
+
+fn status(pid: i32, field: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(&format!("{field}:")));
+    line.unwrap_or_else(|| panic!("no {field} in {status}"))
+        .trim()
+        .to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cold_vm_answers_freezes_and_runs_on() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let mut spec = spec(dir.path(), cold());
+    spec.kernel_log = true;
+    spec.cpus = 2;
+    let vm = driver.launch(spec).await.unwrap();
+    let mut guest = Conversation::with(&*vm).await;
+    assert_eq!(guest.ask("ping").await, "pong");
+    assert_eq!(guest.ask("cpus").await, "2");
+    assert_eq!(guest.ask("set before").await, "ok");
+    let devices = guest.ask("ls /sys/bus/virtio/devices").await;
+    assert_eq!(devices, "virtio0 virtio1 virtio2");
+
+    let used = vm.usage().await.unwrap();
+    assert!(
+        used.cpu_time_us > 100_000 && used.private_bytes > 50 << 20,
+        "{used:?}"
+    );
+    let frozen = freeze(&*vm, &dir.path().join("frozen")).await;
+    assert_eq!(
+        guest.ask_within("ping", Duration::from_millis(300)).await,
+        None,
+        "it is paused"
+    );
+    // Twice, as a retry would.
+    vm.pause().await.unwrap();
+    vm.resume().await.unwrap();
+    vm.resume().await.unwrap();
+    // The answer to the question asked while it was paused.
+    assert_eq!(guest.ask("set after").await, "pong");
+
+    let mut restored = support::spec(dir.path(), frozen.boot());
+    restored.cpus = 2;
+    let child = driver.launch(restored).await.unwrap();
+    let mut other = Conversation::with(&*child).await;
+    assert_eq!(other.ask("get").await, "before");
+    let log = fs::read_to_string(VmSpec::kernel_log_path(&vm.record().run_dir)).unwrap();
+    assert!(log.contains("GUEST READY"), "{log}");
+    for vm in [vm, child] {
+        vm.kill().await.unwrap();
+        assert_gone(&vm.record());
+        // Killing what is gone is no error; asking it is.
+        vm.kill().await.unwrap();
+        assert!(matches!(
+            vm.connect_channel().await,
+            Err(Error::Gone { .. })
+        ));
+        assert!(vm.pause().await.is_err());
+        assert!(vm.usage().await.is_err());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_share_a_past_and_nothing_else() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let snapshot = template().await;
+    let image = match snapshot.boot() {
+        Boot::Restore { memory, .. } => memory,
+        Boot::Cold { .. } => unreachable!("a snapshot is restored"),
+    };
+    let before = fs::metadata(&image).unwrap();
+    let launches = (0..3).map(|_| {
+        let (driver, spec) = (driver.clone(), spec(dir.path(), snapshot.boot()));
+        tokio::spawn(async move { driver.launch(spec).await.unwrap() })
+    });
+    let mut vms: Vec<Arc<dyn Vm>> = Vec::new();
+    for launch in launches.collect::<Vec<_>>() {
+        vms.push(launch.await.unwrap());
+    }
+    let mut sums = Vec::new();
+    for (number, vm) in vms.iter().enumerate() {
+        let mut guest = Conversation::with(&**vm).await;
+        assert_eq!(guest.ask("get").await, "template");
+        sums.push(guest.ask("sum").await);
+        assert_eq!(guest.ask(&format!("set clone{number}")).await, "ok");
+    }
+    assert!(
+        sums[0].starts_with("8388608 ") && sums.iter().all(|sum| *sum == sums[0]),
+        "{sums:?}"
+    );
+    // Handles are dropped, as by a server that stops; another one adopts the VMs.
+    let records: Vec<VmRecord> = vms.iter().map(|vm| vm.record()).collect();
+    let memory = vms[0].memory().unwrap();
+    drop(vms);
+    for (number, record) in records.iter().enumerate() {
+        let text = serde_json::to_string(record).unwrap();
+        let record: VmRecord = serde_json::from_str(&text).unwrap();
+        let vm = driver.adopt(&record).await.unwrap().expect("it still runs");
+        let mut guest = Conversation::with(&*vm).await;
+        assert_eq!(guest.ask("get").await, format!("clone{number}"));
+        if number == 0 {
+            assert_eq!(vm.memory().unwrap(), memory);
+        }
+        vm.kill().await.unwrap();
+        assert_gone(&record);
+        assert!(driver.adopt(&record).await.unwrap().is_none());
+    }
+    let after = fs::metadata(&image).unwrap();
+    assert_eq!(
+        after.mtime_nsec(),
+        before.mtime_nsec(),
+        "a clone wrote to the image"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn its_process_can_reach_nothing() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let mut spec = spec(dir.path(), template().await.boot());
+    spec.limits = Limits {
+        cpu_millis: Some(1500),
+        memory_mib: Some(700),
+        pids: Some(77),
+    };
+    let (uid, limits) = (spec.uid, spec.limits);
+    let vm = driver.launch(spec).await.unwrap();
+    let record = vm.record();
+    let pid = record.pid;
+
+    assert_eq!(status(pid, "Uid"), [uid.to_string().as_str(); 4].join("\t"));
+    assert_eq!(status(pid, "Gid"), [uid.to_string().as_str(); 4].join("\t"));
+    assert_eq!(status(pid, "Groups"), "");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status(pid, set), "0000000000000000", "{set}");
+    }
+    assert_eq!(status(pid, "NoNewPrivs"), "1");
+    assert_eq!(status(pid, "Seccomp"), "2");
+    for kind in ["net", "ipc", "mnt"] {
+        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+        assert_ne!(namespace(&pid.to_string()), namespace("self"), "{kind}");
+    }
+    let session: Vec<String> = fs::read_to_string(format!("/proc/{pid}/stat"))
+        .unwrap()
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_ascii_whitespace()
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(
+        [&session[2], &session[3]],
+        [&pid.to_string(), &pid.to_string()]
+    );
+
+    // Its root, seen from outside: no data, nothing to write.
+    let root = format!("/proc/{pid}/root");
+    let mut seen: Vec<String> = fs::read_dir(&root)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    seen.sort();
+    for secret in [
+        "root", "home", "var", "tmp", "run", "work", "sys", "boot", "srv",
+    ] {
+        assert!(
+            !seen.contains(&secret.to_owned()),
+            "{secret} is in {seen:?}"
+        );
+    }
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
+    for line in mounts.lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let read_only = fields[3].split(',').any(|option| option == "ro");
+        let special = fields[1].starts_with("/proc") || fields[1].starts_with("/dev/");
+        assert!(read_only || special, "writable: {line}");
+    }
+
+    let enforced = cubicle_vmm::cgroup::probe().enforced;
+    let read = |file: &str| {
+        let path = record
+            .cgroups
+            .iter()
+            .map(|dir| dir.join(file))
+            .find(|path| path.exists());
+        fs::read_to_string(path.unwrap_or_else(|| panic!("no {file} in {:?}", record.cgroups)))
+    };
+    let unified = record
+        .cgroups
+        .iter()
+        .any(|dir| dir.join("memory.max").exists());
+    if enforced.contains(&cubicle_vmm::cgroup::Controller::Memory) {
+        let file = if unified {
+            "memory.max"
+        } else {
+            "memory.limit_in_bytes"
+        };
+        let bytes = u64::from(limits.memory_mib.unwrap()) << 20;
+        assert_eq!(read(file).unwrap().trim(), bytes.to_string());
+        assert_eq!(read("pids.max").unwrap().trim(), "77");
+    }
+    assert!(!record.cgroups.is_empty(), "this host can limit nothing");
+    for cgroup in &record.cgroups {
+        let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
+        assert_eq!(members.trim(), pid.to_string(), "{}", cgroup.display());
+    }
+    vm.kill().await.unwrap();
+    assert_gone(&record);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_guest_is_noticed() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    for order in ["poweroff", "restart"] {
+        let vm = driver
+            .launch(spec(dir.path(), template().await.boot()))
+            .await
+            .unwrap();
+        let mut guest = Conversation::with(&*vm).await;
+        assert_eq!(guest.ask_within(order, Duration::from_secs(10)).await, None);
+        tokio::time::timeout(Duration::from_secs(10), vm.exited())
+            .await
+            .expect(order);
+        let stat = fs::read_to_string(format!("/proc/{}/stat", vm.record().pid));
+        assert!(stat.is_err(), "a zombie is left: {stat:?}");
+        assert!(matches!(vm.memory(), Err(Error::Gone { .. })));
+        vm.kill().await.unwrap();
+        assert_gone(&vm.record());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_vm_waits_until_it_is_resumed() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let mut spec = spec(dir.path(), template().await.boot());
+    spec.start = false;
+    let vm = driver.launch(spec).await.unwrap();
+    let mut guest = Conversation::with(&*vm).await;
+    assert_eq!(
+        guest.ask_within("get", Duration::from_millis(300)).await,
+        None
+    );
+    vm.resume().await.unwrap();
+    assert_eq!(guest.ask("ping").await, "template");
+    // One connection at a time: the next is served when this one is closed.
+    drop(guest);
+    let mut guest = Conversation::with(&*vm).await;
+    let answer = guest.ask("get").await;
+    assert!(answer == "template" || answer == "pong", "{answer}");
+    vm.kill().await.unwrap();
+    assert_gone(&vm.record());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_launch_that_fails_says_why_and_leaves_nothing() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let Boot::Restore {
+        memory,
+        device_state,
+    } = template().await.boot()
+    else {
+        unreachable!("a snapshot is restored")
+    };
+    let (garbage, secret) = (dir.path().join("garbage"), dir.path().join("secret"));
+    fs::write(&garbage, vec![0x5a; 9000]).unwrap();
+    fs::copy(&memory, &secret).unwrap();
+    fs::set_permissions(&secret, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let missing = dir.path().join("missing");
+    let cases = [
+        (
+            memory.clone(),
+            garbage.clone(),
+            "ended while it should come up",
+        ),
+        (memory.clone(), missing.clone(), "No such file"),
+        (garbage, device_state.clone(), "holds 9000 bytes"),
+        (secret, device_state.clone(), "mode 0600"),
+    ];
+    for (memory, device_state, words) in cases {
+        let spec = spec(
+            dir.path(),
+            Boot::Restore {
+                memory,
+                device_state,
+            },
+        );
+        let (run_dir, id, uid) = (spec.run_dir.clone(), spec.id.clone(), spec.uid);
+        let error = driver.launch(spec).await.err().expect(words);
+        assert!(error.to_string().contains(words), "{error}");
+        assert_nothing_left(&run_dir, id.as_str(), uid);
+    }
+    // A shape that is not the snapshot's.
+    let boot = Boot::Restore {
+        memory,
+        device_state,
+    };
+    let mut spec = spec(dir.path(), boot);
+    spec.disks.push(Disk {
+        path: dir.path().join("none"),
+        read_only: true,
+    });
+    let (run_dir, id, uid) = (spec.run_dir.clone(), spec.id.clone(), spec.uid);
+    assert!(matches!(driver.launch(spec).await, Err(Error::Io { .. })));
+    assert_nothing_left(&run_dir, id.as_str(), uid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_launch_that_is_cancelled_leaves_nothing() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let snapshot = template().await;
+    for delay in [0, 1, 3, 6, 12, 20] {
+        let spec = spec(dir.path(), snapshot.boot());
+        let (run_dir, id, uid) = (spec.run_dir.clone(), spec.id.clone(), spec.uid);
+        let launch = driver.launch(spec);
+        let outcome = tokio::time::timeout(Duration::from_millis(delay), launch).await;
+        if let Ok(vm) = outcome {
+            vm.unwrap().kill().await.unwrap();
+        }
+        // Removal goes on in the background.
+        let left = |run_dir: &Path| run_dir.exists();
+        for _ in 0..200 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            if !left(&run_dir) {
+                break;
+            }
+        }
+        assert_nothing_left(&run_dir, id.as_str(), uid);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_come_in_order_and_are_drained_by_a_pause() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let image = |name: &str| {
+        let path = dir.path().join(name);
+        let mut content = vec![0; 1 << 20];
+        content[..name.len()].copy_from_slice(name.as_bytes());
+        fs::write(&path, content).unwrap();
+        path
+    };
+    let mut spec = spec(dir.path(), cold());
+    spec.disks = vec![
+        Disk {
+            path: image("first"),
+            read_only: false,
+        },
+        Disk {
+            path: image("second"),
+            read_only: true,
+        },
+    ];
+    let vm = driver.launch(spec).await.unwrap();
+    let mut guest = Conversation::with(&*vm).await;
+    assert_eq!(guest.ask("read-disk /dev/vda 16").await, "first");
+    assert_eq!(guest.ask("read-disk /dev/vdb 16").await, "second");
+    let refused = guest.ask("write-disk /dev/vdb x").await;
+    assert!(
+        refused.contains("error") || refused.contains("permitted"),
+        "{refused}"
+    );
+    assert_eq!(guest.ask("write-disk /dev/vda rewritten").await, "ok");
+    vm.pause().await.unwrap();
+    let head = fs::read(dir.path().join("first")).unwrap();
+    assert!(head.starts_with(b"rewritten\0"));
+    vm.kill().await.unwrap();
+    assert_gone(&vm.record());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_floods_its_console_fills_no_disk() {
+    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let mut spec = spec(dir.path(), template().await.boot());
+    spec.kernel_log = true;
+    let log = VmSpec::kernel_log_path(&spec.run_dir);
+    let vm = driver.launch(spec).await.unwrap();
+    let mut guest = Conversation::with(&*vm).await;
+    let line = "x".repeat(1000);
+    assert_eq!(guest.ask(&format!("print {line} 1500")).await, "ok");
+    let len = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let (now, old) = (len(&log), len(&log.with_extension("log.old")));
+    assert!(
+        old > 256 << 10 && old <= 512 << 10 && now <= 512 << 10,
+        "{now} {old}"
+    );
+    vm.kill().await.unwrap();
+    assert_gone(&vm.record());
+}
