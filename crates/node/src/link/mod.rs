@@ -72,11 +72,11 @@ pub fn full_body(bytes: impl Into<Bytes>) -> Body {
         .boxed_unsync()
 }
 
-/// How long a request waits for the next life when the last one broke.
-const RECONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a request waits for the next life when the last one broke: more than one attempt.
+const RECONNECT_PATIENCE: Duration = Duration::from_secs(15);
 
 /// How long one attempt to begin the next life takes at most.
-const RECONNECT_ATTEMPT: Duration = Duration::from_secs(10);
+const RECONNECT_ATTEMPT: Duration = Duration::from_secs(5);
 
 /// Pause after a failed attempt to begin the next life; doubles up to [`RECONNECT_PAUSE_MAX`].
 /// Only a guest whose daemon keeps dying gets to see it.
@@ -335,9 +335,11 @@ impl Keeper {
             };
             if let Some(life) = current {
                 tokio::select! {
-                    () = life.ended() => {}
+                    // A life that ends because the link was closed has no successor.
+                    biased;
                     () = self.closed.cancelled() => return life.end(),
                     () = self.vm.exited() => return life.end(),
+                    () = life.ended() => {}
                 }
                 tracing::info!(sandbox = %self.id, "the channel broke, connecting again");
                 self.states.send_replace(State::Down(String::new()));
