@@ -292,7 +292,7 @@ fn rename(actor: &Actor, from: &Path, to: &Path) -> Result<EntryInfo, Error> {
 
 /// Removes whatever is at `path`, with everything below it; a link itself and not what it leads to.
 fn remove(path: &Path) -> Result<(), Error> {
-    if path.parent().is_none() {
+    if !has_name(path) {
         return Err(Error::Precious(path.to_owned()));
     }
     let result = std::fs::symlink_metadata(path).and_then(|found| {
@@ -316,5 +316,27 @@ fn remove(path: &Path) -> Result<(), Error> {
             path: path.to_owned(),
             source,
         }),
+    }
+}
+
+/// Whether a path ends in a name, as that of something that can be removed does: `/` and whatever
+/// `..` leads to hold too much.
+fn has_name(path: &Path) -> bool {
+    path.file_name().is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // The check alone: a removal that gets past it would take this machine with it.
+    #[test]
+    fn the_root_has_no_name() {
+        for path in ["/", "/tmp/..", "/tmp/../..", "/tmp/a/../.."] {
+            assert!(!has_name(Path::new(path)), "{path}");
+        }
+        for path in ["/tmp", "/tmp/../a", "/..a"] {
+            assert!(has_name(Path::new(path)), "{path}");
+        }
     }
 }

@@ -32,6 +32,9 @@ const MAX_WATCHES: usize = 100;
 /// How many events a watch keeps for its next question.
 const MAX_EVENTS: usize = 1 << 16;
 
+/// How many events are read in one go, so that a busy directory doesn't keep its reader forever.
+const MAX_BATCH: usize = 4096;
+
 /// What to watch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WatchOptions {

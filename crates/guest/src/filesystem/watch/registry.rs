@@ -13,7 +13,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{MAX_WATCHES, Tree, WatchError};
+use super::{MAX_BATCH, MAX_EVENTS, MAX_WATCHES, Tree, WatchError};
 use crate::{blocking::blocking, proto::filesystem::FilesystemEvent};
 
 /// The right to one watch, given back when dropped.
@@ -98,7 +98,12 @@ impl Registry {
         };
         blocking(move || {
             let mut tree = lock(&tree);
-            tree.read()?;
+            // In batches, and no more of them than can be kept: somebody may be writing faster.
+            for _ in 0..MAX_EVENTS / MAX_BATCH {
+                if tree.read()? {
+                    break;
+                }
+            }
             tree.take()
         })
         .await

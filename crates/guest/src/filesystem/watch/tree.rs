@@ -15,7 +15,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{MAX_EVENTS, WatchError, WatchOptions};
+use super::{MAX_BATCH, MAX_EVENTS, WatchError, WatchOptions};
 use crate::{
     access::{Accounts, State},
     filesystem::entry,
@@ -32,9 +32,6 @@ const MASK: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::DELETE_SELF)
     .union(WatchFlags::MOVE_SELF)
     .union(WatchFlags::ONLYDIR);
-
-/// How many events are read in one go, so that a busy directory doesn't keep its reader forever.
-const MAX_BATCH: usize = 4096;
 
 /// A watched directory and the events that nobody has fetched yet.
 ///
