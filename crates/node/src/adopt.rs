@@ -162,18 +162,23 @@ async fn sweep(node: &Arc<Inner>, known: Vec<i32>, report: &mut AdoptionReport) 
         .collect();
     let store = node.store.clone();
     let swept = blocking(move || {
-        // Processes first: they use the rest.
-        let processes = strays::kill_strays(&vms, &known)?;
-        let mut dirs = 0;
+        let mut left = Vec::new();
         for entry in std::fs::read_dir(&vms).map_err(Error::io("list", &vms))? {
             let path = entry.map_err(Error::io("list", &vms))?.path();
             if !run_dirs.contains(&path) {
-                std::fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
-                dirs += 1;
+                left.push(path);
             }
         }
+        // Processes first: they use the rest.
+        let sandboxes = left
+            .iter()
+            .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()));
+        let processes = strays::kill_strays(&sandboxes.collect(), &known)?;
+        for path in &left {
+            std::fs::remove_dir_all(path).map_err(Error::io("remove", path))?;
+        }
         let volumes = store.retain_volumes(&lives)?.len();
-        Ok((processes, dirs, volumes))
+        Ok((processes, left.len(), volumes))
     })
     .await?;
     (

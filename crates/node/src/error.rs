@@ -60,15 +60,15 @@ pub enum Error {
         /// What must stay available, in MiB.
         reserve_mib: u64,
     },
-    /// The snapshot was made by another hypervisor than this node runs.
-    #[error("the snapshot {snapshot} is of a {theirs} VM; this node runs {ours}")]
-    WrongHypervisor {
+    /// The snapshot is of another machine than this node can make.
+    #[error("the snapshot {snapshot} is of a machine {theirs}, and this node makes {ours}")]
+    WrongMachine {
         /// Which snapshot.
         snapshot: SnapshotId,
-        /// The driver that made it.
+        /// The machine that it is of.
         theirs: String,
-        /// The driver of this node.
-        ours: &'static str,
+        /// The machine that VMs have here.
+        ours: String,
     },
     /// Nothing in the sandbox listens on that port.
     #[error("nothing listens on port {port} in the sandbox {id}")]

@@ -20,6 +20,9 @@ use crate::{
     sandbox::{Live, check_stop, unless_stopped},
 };
 
+/// In a manifest's options of the VM: [`cubicle_vmm::Hypervisor::machine`].
+pub(crate) const MACHINE: &str = "machine";
+
 /// What is to be restored, and as what.
 pub(crate) struct Restore<'a> {
     /// The instance that it becomes.
@@ -49,7 +52,7 @@ pub(crate) async fn restore(
 ) -> Result<Restored> {
     let id = &order.key.sandbox;
     let mut timings = PhaseTimings::default();
-    check_driver(node, order.snapshot)?;
+    check_machine(node, order.snapshot)?;
 
     // Three things that need nothing of each other. All are seen through, so that `held` tells the
     // truth whichever of them fails.
@@ -182,15 +185,22 @@ async fn clone_disks(node: &Inner, key: &Key, snapshot: &Snapshot) -> Result<Vec
     .await
 }
 
-/// Device state means nothing to another driver than the one that wrote it.
-fn check_driver(node: &Inner, snapshot: &Snapshot) -> Result<()> {
-    let (ours, theirs) = (node.hypervisor.name(), &snapshot.manifest().vm.hypervisor);
-    if ours == theirs {
-        return Ok(());
+/// Device state means nothing to another machine than the one that it was saved from.
+fn check_machine(node: &Inner, snapshot: &Snapshot) -> Result<()> {
+    let vm = &snapshot.manifest().vm;
+    let name = (node.hypervisor.name().to_owned(), vm.hypervisor.clone());
+    let machine = (
+        node.hypervisor.machine(),
+        vm.options.get(MACHINE).cloned().unwrap_or_default(),
+    );
+    for (ours, theirs) in [name, machine] {
+        if ours != theirs {
+            return Err(Error::WrongMachine {
+                snapshot: snapshot.id().clone(),
+                theirs,
+                ours,
+            });
+        }
     }
-    Err(Error::WrongHypervisor {
-        snapshot: snapshot.id().clone(),
-        theirs: theirs.clone(),
-        ours,
-    })
+    Ok(())
 }

@@ -1,15 +1,19 @@
 //! VM processes that nobody knows: started moments before a crash, so that no row of the journal
 //! names them.
 //!
-//! A VM's process writes its output to a file in its run directory, so its standard output tells
-//! whose it is. That holds for any driver, needs no file of pids, and cannot mistake a process of
-//! another node on the same machine for one of ours.
+//! A run directory is made before the process and removed after it, and its name begins with the
+//! sandbox's id; the id is an argument of the process, as its name. Ids are random, so the two
+//! together cannot mean a process of another node, and the user id rules out everything that is no
+//! VM at all.
 
 use std::{
+    collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
+
+use cubicle_vmm::VM_UID_BASE;
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -27,10 +31,13 @@ const PATIENCE: Timespec = Timespec {
 /// Name of the directory that the drivers put control groups into.
 const CGROUP_PARENT: &str = "cubicle";
 
-/// Kills every process whose standard output lies below `vms` and whose pid is not in `known`;
+/// Kills every VM process that is named after one of `sandboxes` and whose pid is not in `known`;
 /// returns how many there were. Blocking.
-pub(crate) fn kill_strays(vms: &Path, known: &[i32]) -> Result<usize> {
+pub(crate) fn kill_strays(sandboxes: &HashSet<String>, known: &[i32]) -> Result<usize> {
     let mut killed = 0;
+    if sandboxes.is_empty() {
+        return Ok(killed);
+    }
     for entry in fs::read_dir("/proc").map_err(Error::io("list", "/proc"))? {
         let entry = entry.map_err(Error::io("list", "/proc"))?;
         let Some(pid) = entry
@@ -40,11 +47,11 @@ pub(crate) fn kill_strays(vms: &Path, known: &[i32]) -> Result<usize> {
         else {
             continue;
         };
-        if known.contains(&pid) || !is_ours(pid, vms) {
+        if known.contains(&pid) || !is_stray(pid, sandboxes) {
             continue;
         }
         let cgroups = cgroup_dirs(pid);
-        if kill(pid, vms).map_err(Error::io("kill the process", entry.path()))? {
+        if kill(pid, sandboxes).map_err(Error::io("kill the process", entry.path()))? {
             tracing::warn!(pid, "killed a VM process that no sandbox owned");
             killed += 1;
         }
@@ -55,14 +62,26 @@ pub(crate) fn kill_strays(vms: &Path, known: &[i32]) -> Result<usize> {
     Ok(killed)
 }
 
-fn is_ours(pid: i32, vms: &Path) -> bool {
-    [1, 2].into_iter().any(|fd| {
-        fs::read_link(format!("/proc/{pid}/fd/{fd}")).is_ok_and(|file| file.starts_with(vms))
-    })
+fn is_stray(pid: i32, sandboxes: &HashSet<String>) -> bool {
+    let is_vm = || {
+        // Not the owner of /proc/PID, which is root for a process that changed its user.
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+        let uid: u32 = uids.split_whitespace().next()?.parse().ok()?;
+        Some(uid >= VM_UID_BASE)
+    };
+    let is_named = || {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let mut arguments = arguments.split(|byte| *byte == 0).skip(1);
+        Some(arguments.any(|argument| {
+            std::str::from_utf8(argument).is_ok_and(|argument| sandboxes.contains(argument))
+        }))
+    };
+    is_vm() == Some(true) && is_named() == Some(true)
 }
 
 /// `false`: it was gone already.
-fn kill(pid: i32, vms: &Path) -> io::Result<bool> {
+fn kill(pid: i32, sandboxes: &HashSet<String>) -> io::Result<bool> {
     let Some(raw) = Pid::from_raw(pid) else {
         return Ok(false);
     };
@@ -72,7 +91,7 @@ fn kill(pid: i32, vms: &Path) -> io::Result<bool> {
         Err(errno) => return Err(errno.into()),
     };
     // The descriptor is of whoever has the pid now; only then is it worth a second look.
-    if !is_ours(pid, vms) {
+    if !is_stray(pid, sandboxes) {
         return Ok(false);
     }
     match pidfd_send_signal(&process, Signal::KILL) {
@@ -133,41 +152,54 @@ fn remove_empty(dir: &Path) {
 #[cfg(test)]
 mod tests {
     use std::{
-        fs::File,
-        process::{Command, Stdio},
+        os::unix::process::CommandExt as _,
+        process::{Child, Command},
     };
 
     use super::*;
 
-    #[test]
-    fn only_a_process_that_writes_into_the_directory_and_is_unknown_is_killed() {
-        let dir = tempfile::tempdir().unwrap();
-        let start = |name: &str| {
-            let log = dir.path().join(name);
-            fs::create_dir_all(log.parent().unwrap()).unwrap();
-            let log = File::create(log).unwrap();
-            Command::new("sleep")
-                .arg("60")
-                .stdout(log)
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap()
-        };
-        let mut stray = start("vms/a/log");
-        let mut known = start("vms/b/log");
-        let mut other = start("vms2/log");
-        let pid = |child: &std::process::Child| i32::try_from(child.id()).unwrap();
-
-        assert_eq!(
-            kill_strays(&dir.path().join("vms"), &[pid(&known)]).unwrap(),
-            1
-        );
-        assert!(!stray.wait().unwrap().success());
-        for child in [&mut known, &mut other] {
-            assert!(child.try_wait().unwrap().is_none(), "still runs");
-            child.kill().unwrap();
-            child.wait().unwrap();
+    fn sleep(uid: u32, name: &str) -> Child {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "sleep 60 & wait", name])
+            .process_group(0);
+        if rustix::process::getuid().is_root() {
+            command.uid(uid);
         }
-        assert_eq!(kill_strays(&dir.path().join("vms"), &[]).unwrap(), 0);
+        command.spawn().unwrap()
+    }
+
+    fn end(mut child: Child) {
+        let group = Pid::from_child(&child);
+        rustix::process::kill_process_group(group, Signal::KILL).ok();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn only_a_vms_process_with_the_right_name_that_is_unknown_is_killed() {
+        if !rustix::process::getuid().is_root() {
+            eprintln!("SKIPPED: giving a process another user needs root");
+            return;
+        }
+        let ids = ["iaaaaaaaaaaaaaaaaaaa", "ibbbbbbbbbbbbbbbbbbb"].map(str::to_owned);
+        let sandboxes = HashSet::from(ids.clone());
+        let mut stray = sleep(VM_UID_BASE + 7, &ids[0]);
+        let known = sleep(VM_UID_BASE + 8, &ids[1]);
+        let other = sleep(VM_UID_BASE + 9, "iccccccccccccccccccc");
+        let person = sleep(65_534, &ids[0]);
+        let pid = |child: &Child| i32::try_from(child.id()).unwrap();
+        // They have not changed their user or become the shell yet.
+        while !(is_stray(pid(&stray), &sandboxes) && is_stray(pid(&known), &sandboxes)) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+
+        assert_eq!(kill_strays(&sandboxes, &[pid(&known)]).unwrap(), 1);
+        assert!(!stray.wait().unwrap().success());
+        assert_eq!(kill_strays(&sandboxes, &[pid(&known)]).unwrap(), 0);
+        end(stray);
+        for mut child in [known, other, person] {
+            assert!(child.try_wait().unwrap().is_none(), "still runs");
+            end(child);
+        }
     }
 }

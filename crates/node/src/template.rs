@@ -33,7 +33,7 @@ use crate::{
     journal::{self, Key},
     link::{Identity, Link},
     node::{Inner, blocking},
-    restore::{Restore, restore},
+    restore::{MACHINE, Restore, restore},
     sandbox::{check_stop, panic_message, unless_stopped},
 };
 
@@ -466,7 +466,7 @@ impl Builder {
             cpus: build.cpus,
             memory_mib: build.memory_mib,
             hypervisor: self.node.hypervisor.name().to_owned(),
-            options: Default::default(),
+            options: [(MACHINE.to_owned(), self.node.hypervisor.machine())].into(),
         };
         let mut manifest = Manifest::new(
             build.snapshot.clone(),
