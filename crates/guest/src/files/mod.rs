@@ -6,6 +6,7 @@
 //! that breaks off can spoil: nothing is touched before the first [`CHUNK`] (or a smaller body's
 //! end) has arrived, and a file that the upload itself created goes away with it.
 
+mod body;
 mod compose;
 mod download;
 mod encoding;

@@ -13,7 +13,9 @@ use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use mime_guess::{Mime, mime};
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use super::{CHUNK, Destination, Error, Written, encoding, query::FileQuery, target::Target};
+use super::{
+    CHUNK, Destination, Error, Written, body::Incoming, encoding, query::FileQuery, target::Target,
+};
 use crate::{
     access::{Operation, Settings, State, User},
     blocking::blocking,
@@ -38,6 +40,7 @@ async fn receive(
     request: Request,
 ) -> Result<Vec<Written>, Error> {
     let (parts, body) = request.into_parts();
+    let plain = Incoming::new(body);
     let settings = query.authorize(&state, &parts.headers, Operation::Write)?;
     let metadata = Arc::new(Metadata::from_headers(&parts.headers)?);
     let compressed = encoding::is_compressed(&parts.headers)?;
@@ -54,7 +57,6 @@ async fn receive(
         metadata,
     };
 
-    let plain = body.into_data_stream().map_err(io::Error::other);
     let contents: Contents = if compressed {
         let mut decoder = GzipDecoder::new(StreamReader::new(plain));
         decoder.multiple_members(true);

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{Read as _, Write as _},
     os::unix::fs::{MetadataExt as _, symlink},
     time::Duration,
 };
@@ -391,6 +392,32 @@ async fn uploads_whose_client_is_gone_are_cleared_away() {
     tokio::time::timeout(Duration::from_secs(5), gone)
         .await
         .unwrap();
+}
+
+/// Over a real connection, to which most clients write everything before they read.
+#[tokio::test]
+async fn refusals_reach_clients_that_are_still_sending() {
+    let sandbox = Sandbox::new();
+    fs::create_dir(sandbox.home("dir")).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(axum::serve(listener, sandbox.router.clone()).into_future());
+    let client = tokio::task::spawn_blocking(move || {
+        let mut connection = std::net::TcpStream::connect(address).unwrap();
+        let body = vec![b'x'; 16 << 20];
+        let head = format!(
+            "POST /files?path=dir HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\
+             Content-Type: application/octet-stream\r\n\r\n",
+            body.len()
+        );
+        connection.write_all(head.as_bytes()).unwrap();
+        connection.write_all(&body).unwrap();
+        let mut answer = [0; 12];
+        connection.read_exact(&mut answer).unwrap();
+        answer
+    });
+    assert_eq!(&client.await.unwrap(), b"HTTP/1.1 400");
+    server.abort();
 }
 
 #[tokio::test]
