@@ -5,5 +5,7 @@ mod blocking;
 pub mod files;
 pub mod filesystem;
 pub mod http;
+pub mod journal;
+pub mod process;
 pub mod proto;
 pub mod system;

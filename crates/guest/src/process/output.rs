@@ -80,7 +80,12 @@ impl Inner {
     /// Forgets what every subscriber has taken.
     fn trim(&mut self) {
         let end = self.first + self.pieces.len() as u64;
-        let needed = self.subscribers.values().map(|cursor| cursor.next).min().unwrap_or(end);
+        let needed = self
+            .subscribers
+            .values()
+            .map(|cursor| cursor.next)
+            .min()
+            .unwrap_or(end);
         while self.first < needed
             && let Some((_, bytes)) = self.pieces.pop_front()
         {
@@ -116,7 +121,11 @@ impl Output {
         let next = inner.first + inner.pieces.len() as u64;
         inner.subscribers.insert(id, Cursor { next, waker: None });
         drop(inner);
-        Subscriber { output: Arc::clone(self), id, ended: false }
+        Subscriber {
+            output: Arc::clone(self),
+            id,
+            ended: false,
+        }
     }
 
     /// Hands on what the process wrote.
@@ -172,7 +181,9 @@ impl Subscriber {
         }
         let mut inner = self.output.lock();
         let inner = &mut *inner;
-        let Some(cursor) = inner.subscribers.get_mut(&self.id) else { return Poll::Ready(None) };
+        let Some(cursor) = inner.subscribers.get_mut(&self.id) else {
+            return Poll::Ready(None);
+        };
         // At most LIMIT pieces wait, so the difference fits.
         let at = (cursor.next - inner.first) as usize;
         if let Some((source, bytes)) = inner.pieces.get(at) {
@@ -189,9 +200,9 @@ impl Subscriber {
         Poll::Pending
     }
 
-    /// The process that is followed has ended, however much of its output is still to be taken.
-    pub(super) fn process_end(&self) -> Option<End> {
-        self.output.end()
+    /// What is followed.
+    pub(super) fn output(&self) -> Arc<Output> {
+        Arc::clone(&self.output)
     }
 }
 
@@ -217,7 +228,10 @@ mod tests {
         Event::Data(Source::Stdout, Bytes::from_static(bytes))
     }
 
-    const END: End = End { status: ExitStatus::Exited(0), timed_out: false };
+    const END: End = End {
+        status: ExitStatus::Exited(0),
+        timed_out: false,
+    };
 
     #[tokio::test]
     async fn everybody_gets_what_came_since_and_the_end() {

@@ -71,8 +71,12 @@ pub(super) fn spawn(plan: &Plan<'_>) -> Result<Child, Failure> {
     let argv = null_terminated(&plan.argv);
     let envp = null_terminated(&plan.envp);
     let mut outcome = Outcome { failure: None };
-    let mut shared =
-        Shared { plan, argv: &argv, envp: &envp, outcome: ptr::from_mut(&mut outcome) };
+    let mut shared = Shared {
+        plan,
+        argv: &argv,
+        envp: &envp,
+        outcome: ptr::from_mut(&mut outcome),
+    };
     let mut stack: Vec<u8> = Vec::with_capacity(STACK_SIZE);
     let spare = stack.spare_capacity_mut();
     // The stack grows down from its end, which the ABI wants aligned.
@@ -100,7 +104,11 @@ pub(super) fn spawn(plan: &Plan<'_>) -> Result<Child, Failure> {
             &raw mut pidfd,
         )
     };
-    let cloned = if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid.unsigned_abs()) };
+    let cloned = if pid < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(pid.unsigned_abs())
+    };
     // SAFETY: restores the mask saved above.
     unsafe {
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
@@ -114,13 +122,20 @@ pub(super) fn spawn(plan: &Plan<'_>) -> Result<Child, Failure> {
             rustix::process::WaitId::PidFd(std::os::fd::AsFd::as_fd(&pidfd)),
             rustix::process::WaitIdOptions::EXITED,
         );
-        return Err(Failure { step, source: io::Error::from_raw_os_error(errno) });
+        return Err(Failure {
+            step,
+            source: io::Error::from_raw_os_error(errno),
+        });
     }
     Ok(Child { pid, pidfd })
 }
 
 fn null_terminated(strings: &[CString]) -> Vec<*const c_char> {
-    strings.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect()
+    strings
+        .iter()
+        .map(|text| text.as_ptr())
+        .chain([ptr::null()])
+        .collect()
 }
 
 fn empty_set() -> libc::sigset_t {
@@ -150,11 +165,12 @@ unsafe fn become_program(shared: &Shared<'_>) -> (&'static str, c_int) {
     // every thread of what they believe to be this process. That is the daemon.
     // SAFETY: every pointer passed is valid for the call; descriptors are this process's own copy.
     unsafe {
-        let mut default: libc::sigaction = std::mem::zeroed();
-        default.sa_sigaction = libc::SIG_DFL;
+        // The kernel's own form of "default, no flags, empty mask": glibc's call refuses the
+        // signals that it keeps to itself, which may be ignored here all the same.
+        let default = [0_u64; 4];
         for signal in 1..=64 {
-            // Fails for SIGKILL, SIGSTOP and the two that glibc keeps to itself.
-            libc::sigaction(signal, &raw const default, ptr::null_mut());
+            // Fails for SIGKILL and SIGSTOP.
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8);
         }
         if libc::setsid() < 0 {
             return ("make a session", errno());
@@ -187,7 +203,11 @@ unsafe fn become_program(shared: &Shared<'_>) -> (&'static str, c_int) {
         libc::sigprocmask(libc::SIG_SETMASK, &raw const nothing, ptr::null_mut());
         let mut reason = libc::ENOENT;
         for candidate in &plan.candidates {
-            libc::execve(candidate.as_ptr(), shared.argv.as_ptr(), shared.envp.as_ptr());
+            libc::execve(
+                candidate.as_ptr(),
+                shared.argv.as_ptr(),
+                shared.envp.as_ptr(),
+            );
             match errno() {
                 // Not there: the next directory of the path may have it.
                 libc::ENOENT | libc::ENOTDIR => {}
