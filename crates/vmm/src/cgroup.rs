@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -48,6 +48,12 @@ impl Controller {
     }
 }
 
+impl fmt::Display for Controller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// How the host lays out its control groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -58,6 +64,16 @@ pub enum Layout {
     PerController,
     /// No usable tree.
     None,
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unified => "one tree (v2)",
+            Self::PerController => "a tree per controller (v1)",
+            Self::None => "no usable tree",
+        })
+    }
 }
 
 /// What this host can enforce.

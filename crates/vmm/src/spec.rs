@@ -99,7 +99,8 @@ pub enum Boot {
     Cold {
         /// Uncompressed ELF kernel (`vmlinux`), readable by every uid.
         kernel: PathBuf,
-        /// Initial file system, readable by every uid.
+        /// Initial file system, any mode. One whose length is a multiple of 4096 is used as it
+        /// is, another one is copied.
         initramfs: PathBuf,
         /// Kernel command line. The driver appends what its machine needs (console, clock).
         cmdline: String,

@@ -8,7 +8,7 @@ use std::{fs, os::unix::fs::MetadataExt as _, path::Path, sync::Arc, time::Durat
 
 use cubicle_vmm::{Boot, Disk, Error, Hypervisor as _, Limits, Vm, VmRecord, VmSpec};
 use support::{
-    Conversation, assert_gone, assert_nothing_left, cold, driver, freeze, spec, template,
+    Conversation, Dir, assert_gone, assert_nothing_left, cold, driver, freeze, template,
 };
 
 fn status(pid: i32, field: &str) -> String {
@@ -23,8 +23,8 @@ fn status(pid: i32, field: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cold_vm_answers_freezes_and_runs_on() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
-    let mut spec = spec(dir.path(), cold());
+    let (driver, dir) = (driver().await, Dir::new());
+    let mut spec = dir.spec(cold());
     spec.kernel_log = true;
     spec.cpus = 2;
     let vm = driver.launch(spec).await.unwrap();
@@ -53,7 +53,7 @@ async fn a_cold_vm_answers_freezes_and_runs_on() {
     // The answer to the question asked while it was paused.
     assert_eq!(guest.ask("set after").await, "pong");
 
-    let mut restored = support::spec(dir.path(), frozen.boot());
+    let mut restored = dir.spec(frozen.boot());
     restored.cpus = 2;
     let child = driver.launch(restored).await.unwrap();
     let mut other = Conversation::with(&*child).await;
@@ -76,7 +76,7 @@ async fn a_cold_vm_answers_freezes_and_runs_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clones_share_a_past_and_nothing_else() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let (driver, dir) = (driver().await, Dir::new());
     let snapshot = template().await;
     let image = match snapshot.boot() {
         Boot::Restore { memory, .. } => memory,
@@ -84,7 +84,7 @@ async fn clones_share_a_past_and_nothing_else() {
     };
     let before = fs::metadata(&image).unwrap();
     let launches = (0..3).map(|_| {
-        let (driver, spec) = (driver.clone(), spec(dir.path(), snapshot.boot()));
+        let (driver, spec) = (driver.clone(), dir.spec(snapshot.boot()));
         tokio::spawn(async move { driver.launch(spec).await.unwrap() })
     });
     let mut vms: Vec<Arc<dyn Vm>> = Vec::new();
@@ -129,8 +129,8 @@ async fn clones_share_a_past_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn its_process_can_reach_nothing() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
-    let mut spec = spec(dir.path(), template().await.boot());
+    let (driver, dir) = (driver().await, Dir::new());
+    let mut spec = dir.spec(template().await.boot());
     spec.limits = Limits {
         cpu_millis: Some(1500),
         memory_mib: Some(700),
@@ -223,10 +223,10 @@ async fn its_process_can_reach_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_end_of_a_guest_is_noticed() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let (driver, dir) = (driver().await, Dir::new());
     for order in ["poweroff", "restart"] {
         let vm = driver
-            .launch(spec(dir.path(), template().await.boot()))
+            .launch(dir.spec(template().await.boot()))
             .await
             .unwrap();
         let mut guest = Conversation::with(&*vm).await;
@@ -244,8 +244,8 @@ async fn the_end_of_a_guest_is_noticed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_vm_waits_until_it_is_resumed() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
-    let mut spec = spec(dir.path(), template().await.boot());
+    let (driver, dir) = (driver().await, Dir::new());
+    let mut spec = dir.spec(template().await.boot());
     spec.start = false;
     let vm = driver.launch(spec).await.unwrap();
     let mut guest = Conversation::with(&*vm).await;
@@ -266,7 +266,7 @@ async fn a_restored_vm_waits_until_it_is_resumed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_launch_that_fails_says_why_and_leaves_nothing() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let (driver, dir) = (driver().await, Dir::new());
     let Boot::Restore {
         memory,
         device_state,
@@ -290,13 +290,10 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
         (secret, device_state.clone(), "mode 0600"),
     ];
     for (memory, device_state, words) in cases {
-        let spec = spec(
-            dir.path(),
-            Boot::Restore {
-                memory,
-                device_state,
-            },
-        );
+        let spec = dir.spec(Boot::Restore {
+            memory,
+            device_state,
+        });
         let (run_dir, id, uid) = (spec.run_dir.clone(), spec.id.clone(), spec.uid);
         let error = driver.launch(spec).await.err().expect(words);
         assert!(error.to_string().contains(words), "{error}");
@@ -307,7 +304,7 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
         memory,
         device_state,
     };
-    let mut spec = spec(dir.path(), boot);
+    let mut spec = dir.spec(boot);
     spec.disks.push(Disk {
         path: dir.path().join("none"),
         read_only: true,
@@ -319,10 +316,10 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_launch_that_is_cancelled_leaves_nothing() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let (driver, dir) = (driver().await, Dir::new());
     let snapshot = template().await;
     for delay in [0, 1, 3, 6, 12, 20] {
-        let spec = spec(dir.path(), snapshot.boot());
+        let spec = dir.spec(snapshot.boot());
         let (run_dir, id, uid) = (spec.run_dir.clone(), spec.id.clone(), spec.uid);
         let launch = driver.launch(spec);
         let outcome = tokio::time::timeout(Duration::from_millis(delay), launch).await;
@@ -343,7 +340,7 @@ async fn a_launch_that_is_cancelled_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn disks_come_in_order_and_are_drained_by_a_pause() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
+    let (driver, dir) = (driver().await, Dir::new());
     let image = |name: &str| {
         let path = dir.path().join(name);
         let mut content = vec![0; 1 << 20];
@@ -351,7 +348,7 @@ async fn disks_come_in_order_and_are_drained_by_a_pause() {
         fs::write(&path, content).unwrap();
         path
     };
-    let mut spec = spec(dir.path(), cold());
+    let mut spec = dir.spec(cold());
     spec.disks = vec![
         Disk {
             path: image("first"),
@@ -381,8 +378,8 @@ async fn disks_come_in_order_and_are_drained_by_a_pause() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_floods_its_console_fills_no_disk() {
-    let (driver, dir) = (driver().await, tempfile::tempdir().unwrap());
-    let mut spec = spec(dir.path(), template().await.boot());
+    let (driver, dir) = (driver().await, Dir::new());
+    let mut spec = dir.spec(template().await.boot());
     spec.kernel_log = true;
     let log = VmSpec::kernel_log_path(&spec.run_dir);
     let vm = driver.launch(spec).await.unwrap();

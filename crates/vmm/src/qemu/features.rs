@@ -53,7 +53,10 @@ pub struct Features {
 impl Features {
     /// Asks `binary` (a path, or a name to find in `PATH`) what it is: two runs at the same time,
     /// about 15 ms.
-    pub(crate) async fn detect(binary: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] if there is no such program or it does not say what it is.
+    pub async fn detect(binary: &Path) -> Result<Self> {
         let unusable = |reason: String| Error::Unusable {
             binary: binary.to_owned(),
             reason,

@@ -16,6 +16,7 @@ use std::{
 };
 
 use cubicle_ids::SandboxId;
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::net::UnixStream;
 
 use super::{
@@ -367,13 +368,36 @@ fn open_boot(spec: &VmSpec) -> Result<OpenBoot> {
             cmdline,
         } => Ok(OpenBoot::Cold {
             kernel: readable(kernel)?,
-            initramfs: readable(initramfs)?,
+            initramfs: page_aligned(initramfs)?,
             cmdline: cmdline.clone(),
         }),
         Boot::Restore { device_state, .. } => Ok(OpenBoot::Restore {
             device_state: open(device_state)?.into(),
         }),
     }
+}
+
+/// The file, or a copy of it in memory that is padded with zeroes to whole pages.
+///
+/// QEMU puts the initial file system at the very top of a `microvm`'s memory, aligned downwards to
+/// a page, without regard to the page there that the firmware has built its ACPI tables in. Only
+/// if the length is a multiple of the page size is that last page left alone; else the kernel
+/// finds archive where it looks for tables, and hangs or has no devices, depending on the length.
+fn page_aligned(path: &Path) -> Result<OwnedFd> {
+    const PAGE: u64 = 4096;
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let metadata = file.metadata().map_err(Error::io("look at", path))?;
+    if metadata.len() % PAGE == 0 && metadata.mode() & 0o004 != 0 {
+        return Ok(file.into());
+    }
+    let copy = || {
+        let memory = memfd_create("initramfs", MemfdFlags::CLOEXEC)?;
+        let mut padded = File::from(memory);
+        io::copy(&mut &file, &mut padded)?;
+        padded.set_len(metadata.len().next_multiple_of(PAGE))?;
+        Ok(padded.into())
+    };
+    copy().map_err(Error::io("make a padded copy of", path))
 }
 
 fn open_disk(disk: &Disk, io: DiskIo) -> Result<OpenDisk> {

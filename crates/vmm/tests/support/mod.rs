@@ -6,7 +6,10 @@ use std::{
     os::unix::fs::{FileExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -209,19 +212,84 @@ pub(crate) async fn driver() -> Qemu {
     Qemu::open(QemuConfig::default()).await.unwrap()
 }
 
-/// A user that no other VM of the test run has.
-pub(crate) fn fresh_uid() -> u32 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    cubicle_vmm::VM_UID_BASE
-        + 50_000
-        + std::process::id() % 10_000 * 16
-        + NEXT.fetch_add(1, Ordering::Relaxed)
+/// A temporary directory for one test's VMs. VMs that a failed test leaves behind end with it.
+pub(crate) struct Dir {
+    dir: tempfile::TempDir,
+    launched: Mutex<Vec<(SandboxId, u32)>>,
 }
 
-pub(crate) fn spec(dir: &Path, boot: Boot) -> VmSpec {
-    let id = SandboxId::generate();
-    let run_dir = dir.join(id.as_str());
-    VmSpec::new(id, run_dir, fresh_uid(), 1, MEMORY_MIB, boot)
+impl Dir {
+    pub(crate) fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            launched: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A VM with a user that no other VM of the test run has.
+    pub(crate) fn spec(&self, boot: Boot) -> VmSpec {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let run = std::process::id() % 10_000 * 64;
+        let uid = cubicle_vmm::VM_UID_BASE + 50_000 + run + NEXT.fetch_add(1, Ordering::Relaxed);
+        let id = SandboxId::generate();
+        self.launched.lock().unwrap().push((id.clone(), uid));
+        VmSpec::new(
+            id.clone(),
+            self.path().join(id.as_str()),
+            uid,
+            1,
+            MEMORY_MIB,
+            boot,
+        )
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let launched = self.launched.lock().unwrap();
+        for (id, uid) in launched.iter() {
+            for pid in processes_of(*uid) {
+                // SAFETY: sending a signal touches no memory.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+            }
+            while !processes_of(*uid).is_empty() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            for cgroup in cgroups_of(id.as_str()) {
+                let _ = fs::remove_dir(cgroup);
+            }
+        }
+    }
+}
+
+/// Processes of a user, zombies included.
+fn processes_of(uid: u32) -> Vec<i32> {
+    let owner = |pid: &i32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+        uids.split_ascii_whitespace().next()?.parse::<u32>().ok()
+    };
+    let pids = fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| owner(pid) == Some(uid)).collect()
+}
+
+fn cgroups_of(id: &str) -> Vec<PathBuf> {
+    let trees = ["cpu", "memory", "pids", "unified", ""].into_iter();
+    let paths = trees.map(|tree| {
+        Path::new("/sys/fs/cgroup")
+            .join(tree)
+            .join("cubicle")
+            .join(id)
+    });
+    paths.filter(|path| path.exists()).collect()
 }
 
 pub(crate) fn cold() -> Boot {
@@ -333,8 +401,8 @@ pub(crate) async fn template() -> &'static Snapshot {
     TEMPLATE
         .get_or_init(|| async {
             let driver = driver().await;
-            let dir = tempfile::tempdir().unwrap();
-            let vm = driver.launch(spec(dir.path(), cold())).await.unwrap();
+            let dir = Dir::new();
+            let vm = driver.launch(dir.spec(cold())).await.unwrap();
             let mut guest = Conversation::with(&*vm).await;
             assert_eq!(guest.ask("set template").await, "ok");
             assert_eq!(guest.ask("fill 8").await, "ok");
@@ -349,12 +417,6 @@ pub(crate) async fn template() -> &'static Snapshot {
 
 /// Asserts that nothing of a VM is left on the host.
 pub(crate) fn assert_gone(record: &cubicle_vmm::VmRecord) {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", record.pid)).unwrap_or_default();
-    assert!(
-        !stat.contains("qemu"),
-        "process {} is left: {stat}",
-        record.pid
-    );
     assert_nothing_left(&record.run_dir, record.id.as_str(), record.uid);
     for cgroup in &record.cgroups {
         assert!(!cgroup.exists(), "{} is left", cgroup.display());
@@ -364,21 +426,6 @@ pub(crate) fn assert_gone(record: &cubicle_vmm::VmRecord) {
 /// As [`assert_gone`], for a launch that never told its record.
 pub(crate) fn assert_nothing_left(run_dir: &Path, id: &str, uid: u32) {
     assert!(!run_dir.exists(), "{} is left", run_dir.display());
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
-        let owner = status.lines().find_map(|line| line.strip_prefix("Uid:"));
-        let owner = owner.and_then(|ids| ids.split_ascii_whitespace().next());
-        assert_ne!(
-            owner,
-            Some(uid.to_string().as_str()),
-            "a process is left: {status}"
-        );
-    }
-    for controller in ["cpu", "memory", "pids", "unified", ""] {
-        let cgroup = Path::new("/sys/fs/cgroup")
-            .join(controller)
-            .join("cubicle")
-            .join(id);
-        assert!(!cgroup.exists(), "{} is left", cgroup.display());
-    }
+    assert_eq!(processes_of(uid), [] as [i32; 0], "processes are left");
+    assert_eq!(cgroups_of(id), [] as [PathBuf; 0], "cgroups are left");
 }
