@@ -7,7 +7,8 @@ use crate::{
 };
 
 /// The packages of `base`: what an agent reaches for in its first minutes, and no compiler.
-const BASE_PACKAGES: [&str; 23] = [
+const BASE_PACKAGES: [&str; 24] = [
+    "apt",
     "bash",
     "bzip2",
     "ca-certificates",

@@ -81,9 +81,9 @@ fn content(initramfs: &Path, entry: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn check_kernel(kernel: &Kernel) {
+/// Returns the modules in the order in which they are loaded.
+fn check_kernel(kernel: &Kernel) -> Vec<String> {
     assert!(fs::read(&kernel.vmlinux).unwrap().starts_with(b"\x7fELF"));
-    assert!(kernel.version.ends_with("-amd64"), "{}", kernel.version);
     // QEMU can start the file directly only by this note (PVH, type 18 of owner Xen).
     let notes = run("readelf", &["--notes", "--wide"], &kernel.vmlinux);
     assert!(
@@ -105,7 +105,7 @@ fn check_kernel(kernel: &Kernel) {
             .all(|name| entries.contains(&format!("modules/{name}"))),
         "{order:?}"
     );
-    // Both lists name the same modules, and `virtio_net` comes after what it needs.
+    // Both lists name the same modules.
     assert_eq!(
         entries
             .iter()
@@ -113,21 +113,11 @@ fn check_kernel(kernel: &Kernel) {
             .count(),
         order.len()
     );
-    let at = |name: &str| {
-        order
-            .iter()
-            .position(|entry| *entry == format!("{name}.ko"))
-            .unwrap()
-    };
-    assert!(at("failover") < at("net_failover") && at("net_failover") < at("virtio_net"));
-    assert!(
-        order.contains(&"virtio_mmio.ko") && order.contains(&"virtio_blk.ko"),
-        "{order:?}"
-    );
     assert!(
         !order.contains(&"ext4.ko"),
-        "it is built into the distribution's kernels"
+        "it is built into the distributions' kernels"
     );
+    order.into_iter().map(str::to_owned).collect()
 }
 
 #[tokio::test]
@@ -185,8 +175,23 @@ async fn an_older_kernel_by_package_name_and_by_file() {
     let kernel = prepare_kernel(&cache(), &source, &guest(), &Progress::silent())
         .await
         .unwrap();
-    check_kernel(&kernel);
+    let order = check_kernel(&kernel);
     assert!(kernel.version.starts_with("6.1.0-"), "{}", kernel.version);
+    // What needs something comes after it.
+    let at = |name: &str| {
+        order
+            .iter()
+            .position(|entry| *entry == format!("{name}.ko"))
+            .unwrap()
+    };
+    for (needed, by) in [
+        ("virtio", "virtio_mmio"),
+        ("virtio_ring", "virtio_blk"),
+        ("failover", "net_failover"),
+        ("net_failover", "virtio_net"),
+    ] {
+        assert!(at(needed) < at(by), "{order:?}");
+    }
 
     // A kernel without modules is taken to have all that it needs built in.
     let file = KernelSource::File {
