@@ -26,6 +26,7 @@ CREATE INDEX template_aliases_by_template ON template_aliases (template_id);
 CREATE TABLE template_builds (
     id           TEXT    PRIMARY KEY,       -- a UUID
     template_id  TEXT    NOT NULL REFERENCES templates (id) ON DELETE CASCADE,
+    recipe       TEXT    NOT NULL,          -- what its root file system is made by
     status       TEXT    NOT NULL,          -- waiting | building | ready | error
     reason       TEXT,                      -- why it failed
     snapshot_id  TEXT    UNIQUE,            -- what sandboxes of it are restored from, once ready

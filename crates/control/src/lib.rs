@@ -24,6 +24,8 @@ pub mod template;
 
 use std::path::PathBuf;
 
+pub use cubicle_protocol::ENVD_VERSION;
+
 pub use self::error::{Error, Result};
 use self::{
     db::Db,

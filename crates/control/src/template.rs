@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use self::store::Store;
 pub use self::{
-    build::{BuildTemplate, Size},
+    build::{BuildTemplate, Size, Started},
     model::{Build, BuildLine, BuildStatus, Resolved, Template},
     name::{BadName, DEFAULT_TAG, Reference, is_tag},
 };

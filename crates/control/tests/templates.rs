@@ -21,6 +21,7 @@ fn order(name: &str) -> BuildTemplate {
         tags: Vec::new(),
         recipe: "base".into(),
         size: SIZE,
+        force: true,
     }
 }
 
@@ -208,6 +209,43 @@ async fn one_build_at_a_time_and_only_of_sane_orders() {
             "{field}"
         );
     }
+}
+
+#[tokio::test]
+async fn what_was_built_the_same_way_is_not_built_again_unless_forced() {
+    let plane = Plane::new().await;
+    let templates = &plane.control.templates;
+    let first = templates.build(order("web")).await.expect("first");
+    let _: Vec<_> = templates
+        .follow(first.build.id)
+        .try_collect()
+        .await
+        .expect("end");
+    let same = || BuildTemplate {
+        force: false,
+        ..order("web")
+    };
+    let again = templates.build(same()).await.expect("again");
+    assert!(again.cached && again.build.id == first.build.id);
+    let bigger = Size {
+        memory_mib: 512,
+        ..SIZE
+    };
+    let other = templates
+        .build(BuildTemplate {
+            size: bigger,
+            ..same()
+        })
+        .await
+        .expect("other");
+    assert!(!other.cached);
+    let _: Vec<_> = templates
+        .follow(other.build.id)
+        .try_collect()
+        .await
+        .expect("end");
+    let forced = templates.build(order("web")).await.expect("forced");
+    assert!(!forced.cached && !first.cached);
 }
 
 #[tokio::test]

@@ -40,6 +40,17 @@ pub struct BuildTemplate {
     pub recipe: String,
     /// Size of its sandboxes.
     pub size: Size,
+    /// Build even if the current build was made the same way.
+    pub force: bool,
+}
+
+/// A build that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Started {
+    /// The build: a new one, or the current one.
+    pub build: Build,
+    /// True if the current build was made the same way, so that nothing was started.
+    pub cached: bool,
 }
 
 /// Size of a sandbox.
@@ -73,7 +84,7 @@ impl Size {
 
 impl Templates {
     /// Starts a build and returns at once.
-    pub async fn build(&self, request: BuildTemplate) -> Result<Build> {
+    pub async fn build(&self, request: BuildTemplate) -> Result<Started> {
         request.size.check()?;
         let bad_name = |error: BadName| Error::invalid("name", error.to_string());
         let reference: Reference = request.name.parse().map_err(bad_name)?;
@@ -82,15 +93,27 @@ impl Templates {
             return Err(Error::invalid("tags", BadName::Tag.to_string()));
         }
         let mut tags = request.tags;
-        tags.extend(reference.tag);
+        tags.extend(reference.tag.clone());
         if tags.is_empty() {
             tags.push(DEFAULT_TAG.to_owned());
+        }
+
+        if !request.force
+            && let Some(build) = self
+                .made_the_same_way(&reference, &request.recipe, request.size)
+                .await?
+        {
+            return Ok(Started {
+                build,
+                cached: true,
+            });
         }
 
         let at = now();
         let mut build = Build {
             id: Uuid::new_v4(),
             template: TemplateId::generate(),
+            recipe: request.recipe.clone(),
             status: BuildStatus::Waiting,
             reason: None,
             snapshot: None,
@@ -120,11 +143,39 @@ impl Templates {
         let (templates, started) = (self.clone(), build.clone());
         self.tasks
             .spawn(async move { templates.run_build(started, order, tags).await });
-        Ok(build)
+        Ok(Started {
+            build,
+            cached: false,
+        })
+    }
+
+    /// The build that a name stands for, if it was made by this recipe, of this size, with the
+    /// guest daemon of today.
+    async fn made_the_same_way(
+        &self,
+        reference: &Reference,
+        recipe: &str,
+        size: Size,
+    ) -> Result<Option<Build>> {
+        let Some(resolved) = self.store.resolve(reference).await? else {
+            return Ok(None);
+        };
+        let mut builds = self
+            .get(resolved.template.as_str())
+            .await?
+            .builds
+            .into_iter();
+        Ok(builds.find(|build| {
+            build.id == resolved.build
+                && build.recipe == recipe
+                && build.envd_version == cubicle_protocol::ENVD_VERSION
+                && (build.cpu_count, build.memory_mib, build.disk_mib)
+                    == (size.cpu_count, size.memory_mib, size.disk_mib)
+        }))
     }
 
     /// The log of a build, line by line, until it ends.
-    pub fn follow(&self, build: Uuid) -> impl Stream<Item = Result<BuildLine>> + Send + 'static {
+    pub fn follow(&self, build: Uuid) -> impl Stream<Item = Result<BuildLine>> + Send + use<> {
         let (templates, lines) = (
             self.clone(),
             self.running().get(&build).map(|s| s.subscribe()),

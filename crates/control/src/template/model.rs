@@ -47,6 +47,8 @@ pub struct Build {
     pub id: Uuid,
     /// The template.
     pub template: TemplateId,
+    /// Name of the recipe that makes its root file system.
+    pub recipe: String,
     /// How far it is.
     pub status: BuildStatus,
     /// Why it failed, if it did.

@@ -202,11 +202,13 @@ impl Store {
                 .map_err(Error::database(doing))?;
         }
         sqlx::query(
-            "INSERT INTO template_builds (id, template_id, status, cpu_count, memory_mib, disk_mib,
-                 envd_version, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO template_builds (id, template_id, recipe, status, cpu_count, memory_mib,
+                 disk_mib, envd_version, created_at, updated_at)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(build.id.to_string())
         .bind(build.template.as_str())
+        .bind(&build.recipe)
         .bind(build.status.as_str())
         .bind(build.cpu_count)
         .bind(build.memory_mib)
@@ -502,6 +504,7 @@ fn build_from_row(row: &SqliteRow) -> Result<Build> {
     Ok(Build {
         id: parse("template build", &id)?,
         template: parse(what(), &row.get::<String, _>("template_id"))?,
+        recipe: row.get("recipe"),
         status: BuildStatus::parse(&status)
             .ok_or_else(|| Error::damaged(what(), format!("status {status}")))?,
         reason: row.get("reason"),

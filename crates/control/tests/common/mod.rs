@@ -73,12 +73,14 @@ impl Plane {
             tags: Vec::new(),
             recipe: "base".into(),
             size,
+            force: true,
         };
         self.control
             .templates
             .build(request)
             .await
             .expect("build starts")
+            .build
     }
 
     /// Builds a template and waits for its end.

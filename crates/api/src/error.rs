@@ -1,0 +1,185 @@
+//! Errors on the wire: always JSON `{"code", "message", "error_code"?}`, with headers that tell a
+//! client whether to try again.
+
+use axum::{
+    Json,
+    response::{IntoResponse, Response},
+};
+use cubicle_control::{Error as Control, fleet::FleetError};
+use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+/// Name of the header that tells E2B's clients whether a retry can help.
+pub(crate) const SHOULD_RETRY: &str = "should-retry";
+
+/// An answer that is not what was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    message: String,
+    error_code: Option<&'static str>,
+    retry: Retry,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Retry {
+    /// The same request will fail again.
+    Never,
+    /// It may succeed after this many seconds.
+    After(u32),
+}
+
+/// Body of every error.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Error)]
+pub(crate) struct ErrorBody {
+    /// The HTTP status.
+    code: u16,
+    /// What failed, why, and what to do about it.
+    message: String,
+    /// A word that programs can rely on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error_code: Option<&'static str>,
+}
+
+pub(crate) type ApiResult<T> = Result<T, ApiError>;
+
+impl ApiError {
+    pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self {
+            status,
+            message,
+            error_code: None,
+            retry: Retry::Never,
+        }
+    }
+
+    /// 400: the request makes no sense.
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// 400 about one field.
+    pub(crate) fn field(field: &str, why: impl std::fmt::Display) -> Self {
+        Self::bad_request(format!("{field}: {why}"))
+    }
+
+    /// 501: it makes sense, but not to this server.
+    pub(crate) fn unsupported(what: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_IMPLEMENTED,
+            format!("{what} is not supported by this server; leave it out"),
+        )
+    }
+
+    fn code(self, error_code: &'static str) -> Self {
+        Self {
+            error_code: Some(error_code),
+            ..self
+        }
+    }
+
+    pub(crate) fn retry_after(self, seconds: u32) -> Self {
+        Self {
+            retry: Retry::After(seconds),
+            ..self
+        }
+    }
+
+    /// 500 whose details are for the server's log only.
+    pub(crate) fn internal(error: &dyn std::fmt::Display) -> Self {
+        tracing::error!(%error, "a request failed inside the server");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the server failed; its log, under this response's x-request-id, says how",
+        )
+        .code("internal_server_error")
+    }
+
+    /// The same error, as the answer to a create.
+    pub(crate) fn of_create(error: Control) -> Self {
+        match error {
+            Control::Fleet(FleetError::Failed { .. }) | Control::KilledDuringCreate { .. } => {
+                tracing::error!(%error, "a sandbox could not be created");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+                    .code("sandbox_create_failed")
+                    .retry_after(1)
+            }
+            Control::SnapshotLost { .. } => {
+                tracing::error!(%error, "a sandbox could not be created");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+                    .code("sandbox_create_refused")
+            }
+            error => error.into(),
+        }
+    }
+}
+
+impl From<Control> for ApiError {
+    fn from(error: Control) -> Self {
+        let status = match &error {
+            Control::SandboxNotFound { .. }
+            | Control::TemplateNotFound { .. }
+            | Control::BuildNotFound { .. } => StatusCode::NOT_FOUND,
+            Control::Invalid { .. } | Control::TemplateNotReady { .. } => StatusCode::BAD_REQUEST,
+            Control::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
+            Control::BuildInProgress { .. } | Control::Conflict { .. } => StatusCode::CONFLICT,
+            Control::IdempotencyMismatch { .. } => {
+                return Self::new(StatusCode::CONFLICT, error.to_string())
+                    .code("idempotency_request_mismatch");
+            }
+            Control::IdempotencyInProgress { .. } => {
+                return Self::new(StatusCode::CONFLICT, error.to_string())
+                    .code("idempotency_in_progress")
+                    .retry_after(1);
+            }
+            Control::Fleet(FleetError::NoSandbox { id }) => {
+                return Control::SandboxNotFound { id: id.clone() }.into();
+            }
+            Control::Fleet(FleetError::Unsupported { .. }) => StatusCode::NOT_IMPLEMENTED,
+            Control::Fleet(FleetError::Capacity { .. }) => {
+                return Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+                    .code("sandbox_capacity_unavailable")
+                    .retry_after(2);
+            }
+            Control::ShuttingDown => {
+                return Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+                    .retry_after(5);
+            }
+            Control::Fleet(FleetError::Failed { .. }) => {
+                return Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+                    .code("internal_server_error");
+            }
+            Control::Fleet(FleetError::NoSnapshot { .. })
+            | Control::KilledDuringCreate { .. }
+            | Control::SnapshotLost { .. }
+            | Control::Database { .. }
+            | Control::Migrate { .. }
+            | Control::Damaged { .. } => return Self::internal(&error),
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = ErrorBody {
+            code: self.status.as_u16(),
+            message: self.message,
+            error_code: self.error_code,
+        };
+        let mut response = (self.status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        let should_retry = match self.retry {
+            Retry::Never => "false",
+            Retry::After(seconds) => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+                "true"
+            }
+        };
+        headers.insert(SHOULD_RETRY, HeaderValue::from_static(should_retry));
+        response
+    }
+}

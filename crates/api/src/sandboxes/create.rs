@@ -1,0 +1,388 @@
+//! `POST /sandboxes` and `POST /v2/sandboxes`.
+
+use std::{collections::BTreeMap, fmt::Write as _, time::Instant};
+
+use axum::{Json, extract::State, response::IntoResponse as _, response::Response};
+use cubicle_control::{
+    fleet::Phase,
+    sandbox::{CreateSandbox, Idempotency, Lifetime},
+};
+use http::{HeaderMap, HeaderValue, StatusCode};
+use serde::Deserialize;
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+use utoipa::ToSchema;
+
+use super::{model::SandboxBody, network::NetworkBody};
+use crate::{
+    AppState,
+    error::{ApiError, ApiResult, ErrorBody},
+    extract::RawJsonBody,
+};
+
+/// Lifetimes where the request says nothing, in seconds.
+const TIMEOUT_V1: i64 = 15;
+const TIMEOUT_V2: i64 = 300;
+
+const MAX_REFERENCE: usize = 256;
+const MAX_METADATA: usize = 128;
+const MAX_METADATA_KEY: usize = 256;
+const MAX_METADATA_VALUE: usize = 8 << 10;
+const MAX_ENV: usize = 1024;
+const MAX_ENV_NAME: usize = 256;
+/// What the kernel allows one `NAME=value` to have, less the name and the zero byte.
+const MAX_ENV_VALUE: usize = (128 << 10) - MAX_ENV_NAME - 2;
+/// Keys of metadata by which Cube's clients ask for a directory of the host.
+const HOST_MOUNTS: [&str; 2] = ["host-mount", "hostdir-mount"];
+
+/// A sandbox to create. Unknown fields are ignored; known ones do what they say or are refused.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = NewSandbox)]
+pub(crate) struct CreateBody {
+    /// What to make it from: a template id, a name, `name:tag`, or a snapshot id.
+    #[serde(rename = "templateID", alias = "templateId")]
+    template_id: String,
+    /// Seconds that it lives; -1 is for ever. 15 if left out, 300 in v2.
+    timeout: Option<i64>,
+    /// Attached to it, for filters.
+    metadata: Option<BTreeMap<String, String>>,
+    /// Environment of every process that is started in it. `envs` means the same.
+    #[serde(alias = "envs")]
+    env_vars: Option<BTreeMap<String, String>>,
+    /// Has no effect: the guest daemon always asks for the sandbox's access token.
+    #[allow(
+        dead_code,
+        reason = "any value is right, a value of another type is not"
+    )]
+    secure: Option<bool>,
+    /// `false`: it reaches nothing outside but what `network.allowOut` lists.
+    /// `allowInternetAccess` means the same.
+    #[serde(rename = "allow_internet_access", alias = "allowInternetAccess")]
+    allow_internet_access: Option<bool>,
+    /// What it may reach and who may reach it.
+    network: Option<NetworkBody>,
+    /// Not supported yet: must be `false`.
+    auto_pause: Option<bool>,
+    /// Only with `autoPause`.
+    auto_pause_memory: Option<bool>,
+    /// Not supported yet: must be off.
+    auto_resume: Option<AutoResume>,
+    /// Not supported yet: must be `kill` without auto-resume.
+    lifecycle: Option<LifecycleBody>,
+    /// For the client, which starts the MCP gateway itself.
+    #[allow(
+        dead_code,
+        reason = "the server has no part in it, but the type is checked"
+    )]
+    mcp: Option<serde_json::Map<String, Value>>,
+    /// Not supported yet: must be empty.
+    iam: Option<Iam>,
+    /// Not supported yet: must be empty.
+    volume_mounts: Option<Vec<Value>>,
+    /// Not supported yet: must be empty.
+    distribution_scope: Option<Vec<Value>>,
+}
+
+/// Whether requests resume a paused sandbox.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct AutoResume {
+    enabled: bool,
+}
+
+/// What happens when a sandbox's time is up, as Cube's clients say it.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LifecycleBody {
+    on_timeout: Option<String>,
+    auto_resume: Option<bool>,
+}
+
+/// Workload identity.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct Iam {
+    tokens: Option<serde_json::Map<String, Value>>,
+}
+
+impl CreateBody {
+    fn request(self, default_timeout: i64) -> ApiResult<CreateSandbox> {
+        self.refuse_what_is_missing()?;
+        if self.template_id.is_empty() || self.template_id.len() > MAX_REFERENCE {
+            let why =
+                format!("a template id, a name or a snapshot id has 1 to {MAX_REFERENCE} bytes");
+            return Err(ApiError::field("templateID", why));
+        }
+        let metadata = self.metadata.unwrap_or_default();
+        check_metadata(&metadata)?;
+        let env_vars = self.env_vars.unwrap_or_default();
+        check_env(&env_vars)?;
+        let network = self
+            .network
+            .unwrap_or_default()
+            .options(self.allow_internet_access)?;
+        Ok(CreateSandbox {
+            template: self.template_id,
+            lifetime: Lifetime::from_seconds("timeout", self.timeout.unwrap_or(default_timeout))?,
+            metadata,
+            env_vars: env_vars.into_iter().collect(),
+            network,
+            idempotency: None,
+        })
+    }
+
+    fn refuse_what_is_missing(&self) -> ApiResult<()> {
+        let auto_pause = self.auto_pause == Some(true);
+        let auto_resume = self
+            .auto_resume
+            .as_ref()
+            .is_some_and(|config| config.enabled);
+        if self.auto_pause_memory == Some(false) && (!auto_pause || auto_resume) {
+            let why = "a filesystem-only pause needs autoPause, and cannot be resumed by traffic";
+            return Err(ApiError::field("autoPauseMemory", why));
+        }
+        let lifecycle = self.lifecycle.as_ref();
+        match lifecycle.and_then(|l| l.on_timeout.as_deref()) {
+            None | Some("kill") => {}
+            Some("pause") => return Err(ApiError::unsupported("lifecycle.onTimeout 'pause'")),
+            Some(_) => {
+                return Err(ApiError::field(
+                    "lifecycle.onTimeout",
+                    "is neither 'kill' nor 'pause'",
+                ));
+            }
+        }
+        let given = |list: &Option<Vec<Value>>| list.as_ref().is_some_and(|list| !list.is_empty());
+        let tokens = self.iam.as_ref().and_then(|iam| iam.tokens.as_ref());
+        let refused = [
+            (auto_pause, "autoPause"),
+            (auto_resume, "autoResume"),
+            (
+                lifecycle.is_some_and(|l| l.auto_resume == Some(true)),
+                "lifecycle.autoResume",
+            ),
+            (tokens.is_some_and(|tokens| !tokens.is_empty()), "iam"),
+            (given(&self.volume_mounts), "volumeMounts"),
+            (given(&self.distribution_scope), "distributionScope"),
+        ];
+        match refused.into_iter().find(|(asked, _)| *asked) {
+            Some((_, what)) => Err(ApiError::unsupported(what)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_metadata(metadata: &BTreeMap<String, String>) -> ApiResult<()> {
+    if metadata.len() > MAX_METADATA {
+        return Err(ApiError::field(
+            "metadata",
+            format!("has more than {MAX_METADATA} pairs"),
+        ));
+    }
+    for (key, value) in metadata {
+        if key.is_empty() || key.len() > MAX_METADATA_KEY {
+            return Err(ApiError::field(
+                "metadata",
+                format!(
+                    "a key has 1 to {MAX_METADATA_KEY} bytes, one has {}",
+                    key.len()
+                ),
+            ));
+        }
+        if value.len() > MAX_METADATA_VALUE {
+            return Err(ApiError::field(
+                "metadata",
+                format!("the value of '{key}' has more than {MAX_METADATA_VALUE} bytes"),
+            ));
+        }
+        if HOST_MOUNTS.contains(&key.as_str()) {
+            return Err(ApiError::unsupported(&format!(
+                "metadata '{key}' (a directory of the host)"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn check_env(vars: &BTreeMap<String, String>) -> ApiResult<()> {
+    if vars.len() > MAX_ENV {
+        return Err(ApiError::field(
+            "envVars",
+            format!("has more than {MAX_ENV} variables"),
+        ));
+    }
+    for (name, value) in vars {
+        let named = (1..=MAX_ENV_NAME).contains(&name.len()) && !name.contains(['=', '\0']);
+        if !named {
+            let shown: String = name.chars().take(40).collect();
+            return Err(ApiError::field(
+                "envVars",
+                format!("'{shown}' is no variable name: 1 to {MAX_ENV_NAME} bytes without '='"),
+            ));
+        }
+        if value.len() > MAX_ENV_VALUE || value.contains('\0') {
+            return Err(ApiError::field(
+                "envVars",
+                format!(
+                    "the value of '{name}' is longer than {MAX_ENV_VALUE} bytes or has a zero byte"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Create a sandbox
+///
+/// Answers once the sandbox does. Lives 15 seconds unless told otherwise.
+#[utoipa::path(
+    post, path = "/sandboxes", tag = "sandboxes", request_body = CreateBody,
+    responses(
+        (status = 201, body = SandboxBody, description = "It answers"),
+        (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody, description = "No such template"),
+        (status = 500, body = ErrorBody), (status = 501, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "No room; try again later"),
+        (status = 504, body = ErrorBody),
+    ),
+)]
+pub(crate) async fn create_v1(
+    State(state): State<AppState>,
+    body: RawJsonBody<CreateBody>,
+) -> ApiResult<Response> {
+    create(&state, body.value.request(TIMEOUT_V1)?).await
+}
+
+/// Create a sandbox
+///
+/// Answers once the sandbox does. Lives 300 seconds unless told otherwise. With the header
+/// `Idempotency-Key`, a repetition within a day returns the same sandbox.
+#[utoipa::path(
+    post, path = "/v2/sandboxes", tag = "sandboxes", request_body = CreateBody,
+    params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 of a-z, 0-9, '-'")),
+    responses(
+        (status = 201, body = SandboxBody, description = "It answers"),
+        (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody, description = "No such template"),
+        (status = 409, body = ErrorBody, description = "The idempotency key is in use"),
+        (status = 500, body = ErrorBody), (status = 501, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "No room; try again later"),
+        (status = 504, body = ErrorBody),
+    ),
+)]
+pub(crate) async fn create_v2(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    body: RawJsonBody<CreateBody>,
+) -> ApiResult<Response> {
+    let idempotency = idempotency(&headers, &body.bytes)?;
+    create(
+        &state,
+        CreateSandbox {
+            idempotency,
+            ..body.value.request(TIMEOUT_V2)?
+        },
+    )
+    .await
+}
+
+async fn create(state: &AppState, request: CreateSandbox) -> ApiResult<Response> {
+    let began = Instant::now();
+    let result = state.control.sandboxes.create(request).await;
+    let outcome = match &result {
+        Ok(creation) if creation.replayed => "replayed",
+        Ok(_) => "created",
+        Err(_) => "failed",
+    };
+    let phases = result.as_ref().map_or(&[][..], |creation| &creation.phases);
+    state.metrics.create(outcome, phases, began.elapsed());
+    let creation = result.map_err(ApiError::of_create)?;
+    let body = SandboxBody::new(state, &creation.sandbox);
+    let mut response = (StatusCode::CREATED, Json(body)).into_response();
+    let total = Phase {
+        name: "total",
+        took: began.elapsed(),
+    };
+    if let Ok(timing) = server_timing(creation.phases.iter().chain([&total])) {
+        response.headers_mut().insert("server-timing", timing);
+    }
+    Ok(response)
+}
+
+/// The W3C's `Server-Timing`, in milliseconds.
+fn server_timing<'a>(
+    phases: impl Iterator<Item = &'a Phase>,
+) -> Result<HeaderValue, http::header::InvalidHeaderValue> {
+    let mut text = String::new();
+    for phase in phases {
+        let gap = if text.is_empty() { "" } else { ", " };
+        // Writing to a String cannot fail.
+        let _ = write!(
+            text,
+            "{gap}{};dur={:.3}",
+            phase.name,
+            phase.took.as_secs_f64() * 1e3
+        );
+    }
+    HeaderValue::try_from(text)
+}
+
+/// What makes two requests the same: the key, and what the bodies say, however they spell it.
+fn idempotency(headers: &HeaderMap, body: &[u8]) -> ApiResult<Option<Idempotency>> {
+    let Some(key) = headers.get("idempotency-key") else {
+        return Ok(None);
+    };
+    let key = key.to_str().unwrap_or_default();
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    if !(1..=255).contains(&key.len()) || !key.bytes().all(allowed) {
+        return Err(ApiError::field(
+            "Idempotency-Key",
+            "has 1 to 255 of a-z, 0-9 and '-'",
+        ));
+    }
+    let value: Value = serde_json::from_slice(body)
+        .map_err(|why| ApiError::bad_request(format!("the request body is no JSON: {why}")))?;
+    let body_hash = Sha256::digest(value.to_string()).into();
+    Ok(Some(Idempotency {
+        key: key.to_owned(),
+        body_hash,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn phases_become_server_timing() {
+        let phases = [
+            Phase {
+                name: "slot",
+                took: Duration::from_micros(400),
+            },
+            Phase {
+                name: "total",
+                took: Duration::from_millis(31),
+            },
+        ];
+        let header = server_timing(phases.iter()).expect("header");
+        assert_eq!(header, "slot;dur=0.400, total;dur=31.000");
+    }
+
+    #[test]
+    fn two_spellings_of_one_body_are_the_same_request() {
+        let headers = HeaderMap::from_iter([(
+            http::HeaderName::from_static("idempotency-key"),
+            HeaderValue::from_static("a-1"),
+        )]);
+        let hash = |body: &str| {
+            idempotency(&headers, body.as_bytes())
+                .expect("key")
+                .expect("key")
+                .body_hash
+        };
+        assert_eq!(hash(r#"{"a":1,"b":2}"#), hash(r#" {"b": 2, "a": 1} "#));
+        assert_ne!(hash(r#"{"a":1}"#), hash(r#"{"a":2}"#));
+    }
+}
