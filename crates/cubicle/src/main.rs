@@ -1,1 +1,70 @@
-fn main() {}
+//! `cubicle`: the server and its command line in one program.
+//!
+//! Everything that does work lives in the other crates; here they are put together (`up`) and
+//! talked to over HTTP (all other commands), as any other client would.
+
+mod cli;
+mod client;
+mod commands;
+mod error;
+mod output;
+mod server;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use crate::{
+    cli::{Bench, Cli, Command},
+    error::Error,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.global.json;
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(source) => {
+            Error::setup("start the runtime", source).print(json);
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = match runtime.block_on(run(cli)) {
+        Ok(code) => code,
+        Err(error) => {
+            error.print(json);
+            ExitCode::FAILURE
+        }
+    };
+    // A read of standard input may still be waiting on a thread; it must not hold us up.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(cli: Cli) -> Result<ExitCode, Error> {
+    let Cli { global, command } = cli;
+    match command {
+        Command::Up(options) => commands::up::run(&global, options).await,
+        Command::Env(options) => {
+            commands::env::run(&global, options.format).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Doctor => commands::doctor::run(&global).await,
+        Command::Sandbox(command) => commands::sandbox::run(&global, command).await,
+        Command::Template(command) => commands::template::run(&global, command).await,
+        Command::Bench(Bench::Create(options)) => commands::bench::create(&global, options)
+            .await
+            .map(|()| ExitCode::SUCCESS),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "cubicle",
+                &mut std::io::stdout(),
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! The command line: what can be said, and how it is explained.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+/// Sandboxes for AI agents: every agent gets a microVM of its own, in milliseconds.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cubicle",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options that every command understands.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Print machine-readable JSON instead of text
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Where Cubicle keeps its state on this machine
+    #[arg(
+        long,
+        global = true,
+        env = "CUBICLE_DATA_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/cubicle"
+    )]
+    pub(crate) data_dir: PathBuf,
+    /// Server to talk to [default: the one running on this machine]
+    #[arg(long, global = true, env = "CUBICLE_URL", value_name = "URL")]
+    pub(crate) url: Option<String>,
+    /// API key [default: the local server's own]
+    #[arg(
+        long,
+        global = true,
+        env = "CUBICLE_API_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    pub(crate) api_key: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start the server in the foreground and show that it works
+    Up(Up),
+    /// Print the environment that points E2B's and Cube's clients at the running server
+    ///
+    /// Use it as `eval "$(cubicle env)"`.
+    Env(Env),
+    /// Check what this machine offers, and say how to mend what is missing
+    Doctor,
+    /// Create, use and remove sandboxes
+    #[command(subcommand, visible_alias = "sbx")]
+    Sandbox(Sandbox),
+    /// List, build and remove templates
+    #[command(subcommand, visible_alias = "tpl")]
+    Template(Template),
+    /// Measure the running server
+    #[command(subcommand)]
+    Bench(Bench),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell to complete in
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    /// Address to listen on
+    #[arg(
+        long,
+        env = "CUBICLE_LISTEN",
+        value_name = "ADDR:PORT",
+        default_value = "127.0.0.1:3000"
+    )]
+    pub(crate) listen: SocketAddr,
+    /// Accept requests without an API key (loopback only)
+    #[arg(long)]
+    pub(crate) no_auth: bool,
+    /// Domain under which sandboxes are named: <port>-<sandbox>.<domain>
+    #[arg(long, env = "CUBICLE_DOMAIN", default_value = "cubicle.localhost")]
+    pub(crate) domain: String,
+    /// Accelerator for the VMs
+    #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
+    pub(crate) accelerator: Accelerator,
+    /// Name server for the sandboxes, may be repeated
+    #[arg(long = "dns", value_name = "IPV4", default_values = ["1.1.1.1", "8.8.8.8"])]
+    pub(crate) dns: Vec<std::net::Ipv4Addr>,
+    /// Most sandboxes that may exist at the same time
+    #[arg(long, default_value_t = 200)]
+    pub(crate) max_sandboxes: u32,
+    /// Largest size of the store, when Cubicle has to make a file system of its own for it
+    #[arg(long, value_name = "GIB", default_value_t = 64)]
+    pub(crate) store_gib: u64,
+    /// The guest daemon [default: `cubicle-guest` beside this program]
+    #[arg(long, env = "CUBICLE_GUEST", value_name = "FILE")]
+    pub(crate) guest: Option<PathBuf>,
+    /// Do not create a sandbox to show that it works
+    #[arg(long)]
+    pub(crate) no_self_check: bool,
+    /// Set everything up, show that it works, and stop again
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Leave the sandboxes running when the server stops; the next start takes them back
+    #[arg(long)]
+    pub(crate) keep: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Accelerator {
+    /// Probe what can run the guest kernel
+    Auto,
+    /// Hardware virtualisation
+    Kvm,
+    /// Software emulation: for development, CI and trusted code only
+    Tcg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Env {
+    /// What to print
+    #[arg(long, value_enum, default_value_t = EnvFormat::Sh)]
+    pub(crate) format: EnvFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EnvFormat {
+    /// `export NAME='value'`
+    Sh,
+    /// `set -gx NAME 'value'`
+    Fish,
+    /// `NAME=value`, for .env files
+    Dotenv,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Sandbox {
+    /// Create a sandbox and print its id
+    Create {
+        /// Template (id, alias) or snapshot to create it from
+        #[arg(default_value = "base")]
+        template: String,
+        /// Seconds until it is killed
+        #[arg(long, short, value_name = "SECONDS", default_value_t = 300)]
+        timeout: u32,
+        /// Environment variable of all its commands, may be repeated
+        #[arg(long, short, value_name = "NAME=VALUE", value_parser = parse_pair)]
+        env: Vec<(String, String)>,
+        /// Label to find it by, may be repeated
+        #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_pair)]
+        metadata: Vec<(String, String)>,
+        /// Cut it off from every network
+        #[arg(long)]
+        no_internet: bool,
+    },
+    /// List sandboxes
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Only those that carry this label, may be repeated
+        #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_pair)]
+        metadata: Vec<(String, String)>,
+    },
+    /// Show one sandbox
+    Info {
+        /// Its id
+        id: String,
+    },
+    /// Run a command in a sandbox; its exit code becomes ours
+    Exec {
+        /// The sandbox
+        id: String,
+        /// User to run it as
+        #[arg(long, short)]
+        user: Option<String>,
+        /// Directory to run it in
+        #[arg(long, short = 'w', value_name = "DIR")]
+        cwd: Option<String>,
+        /// Environment variable, may be repeated
+        #[arg(long, short, value_name = "NAME=VALUE", value_parser = parse_pair)]
+        env: Vec<(String, String)>,
+        /// Pass our standard input on
+        #[arg(long, short)]
+        interactive: bool,
+        /// The command and its arguments; a single word is run by bash
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Open a terminal in a sandbox
+    Shell {
+        /// The sandbox
+        id: String,
+        /// User to be
+        #[arg(long, short)]
+        user: Option<String>,
+    },
+    /// Copy files or directories into a sandbox or out of it
+    ///
+    /// One side is `<sandbox>:<path>`; a relative path there starts at the user's home.
+    Cp {
+        /// From where
+        source: String,
+        /// To where
+        destination: String,
+        /// User whose files they are in the sandbox
+        #[arg(long, short)]
+        user: Option<String>,
+    },
+    /// Print what happened in a sandbox
+    Logs {
+        /// The sandbox
+        id: String,
+        /// Go on printing until the sandbox is gone
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// Kill sandboxes
+    #[command(visible_alias = "rm")]
+    Kill {
+        /// Their ids
+        #[arg(required_unless_present = "all")]
+        ids: Vec<String>,
+        /// Kill all of them
+        #[arg(long, conflicts_with = "ids")]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Template {
+    /// List templates
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Build a template, or build it again if its inputs changed
+    Build {
+        /// Which one
+        #[arg(default_value = "base")]
+        name: String,
+        /// Build it even if nothing changed
+        #[arg(long)]
+        force: bool,
+    },
+    /// Remove templates; sandboxes made from them live on
+    Rm {
+        /// Their ids or aliases
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Create sandboxes, run `true` in each, kill them; print how long each phase took
+    Create(BenchCreate),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchCreate {
+    /// How many sandboxes to create
+    #[arg(short = 'n', long, default_value_t = 30)]
+    pub(crate) count: usize,
+    /// How many at the same time
+    #[arg(short = 'c', long, default_value_t = 1)]
+    pub(crate) concurrency: usize,
+    /// How many to create before, uncounted
+    #[arg(long, default_value_t = 3)]
+    pub(crate) warm_up: usize,
+    /// Template to create them from
+    #[arg(long, default_value = "base")]
+    pub(crate) template: String,
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn pairs() {
+        assert_eq!(parse_pair("A=b=c"), Ok(("A".into(), "b=c".into())));
+        assert!(parse_pair("=b").is_err());
+        assert!(parse_pair("A").is_err());
+    }
+
+    #[test]
+    fn help() {
+        insta::assert_snapshot!(Cli::command().render_help().to_string());
+    }
+}

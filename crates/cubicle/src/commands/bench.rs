@@ -1,0 +1,397 @@
+//! `cubicle bench`: how fast the running server is on this machine, phase by phase.
+//!
+//! Every number is taken from outside, at the HTTP client, except the phases, which the server
+//! tells in its `Server-Timing` header. A run names the machine, the accelerator and the version,
+//! since a number without them means nothing.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use reqwest::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    cli::{BenchCreate, Global},
+    client::{
+        Client, CreatedSandbox, SandboxRef,
+        envd::{Command, Event},
+        segment,
+    },
+    error::Error,
+    output,
+};
+
+/// What a set of durations comes down to, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) n: usize,
+    pub(crate) p50: f64,
+    pub(crate) p95: f64,
+    pub(crate) max: f64,
+}
+
+impl Summary {
+    /// None of an empty set.
+    pub(crate) fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let last = values.len().checked_sub(1)?;
+        // The smallest value that at least this share of the set does not exceed.
+        let rank = |percent: usize| values[((last + 1) * percent).div_ceil(100).max(1) - 1];
+        Some(Self {
+            n: last + 1,
+            p50: rank(50),
+            p95: rank(95),
+            max: values[last],
+        })
+    }
+}
+
+/// One measured sandbox.
+struct Sample {
+    created: f64,
+    first_command: f64,
+    killed: f64,
+    phases: Vec<(String, f64)>,
+    private_mib: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Report {
+    template: String,
+    concurrency: usize,
+    /// The machine and the server, in the server's own words.
+    server: Value,
+    create_ms: Summary,
+    first_command_ms: Summary,
+    kill_ms: Summary,
+    phases_ms: BTreeMap<String, Summary>,
+    private_mib: Option<Summary>,
+    cold_boot_ms: Option<f64>,
+    /// Cold boot of the same template until its daemon answers, over the median restore.
+    times_faster_than_boot: Option<f64>,
+    creates_per_second: f64,
+}
+
+/// Facts that a sandbox's host knows about its VM.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Usage {
+    private_bytes: u64,
+}
+
+pub(crate) async fn create(global: &Global, options: BenchCreate) -> Result<(), Error> {
+    if options.count == 0 || options.concurrency == 0 {
+        return Err(Error::Usage(
+            "a benchmark needs at least one sandbox at a time".to_owned(),
+        ));
+    }
+    let client = super::client(global)?;
+    let server: Value = client
+        .json(
+            client.request(Method::GET, "/cubicle/v1/info"),
+            "ask for the server",
+        )
+        .await?;
+    let cold_boot = cold_boot(&client, &options.template).await?;
+
+    let total = options.warm_up + options.count;
+    let bar = indicatif::ProgressBar::new(total as u64);
+    if global.json {
+        bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
+    }
+    run(
+        &client,
+        &options.template,
+        options.warm_up,
+        options.concurrency,
+        &bar,
+    )
+    .await?;
+    let started = Instant::now();
+    let samples = run(
+        &client,
+        &options.template,
+        options.count,
+        options.concurrency,
+        &bar,
+    )
+    .await?;
+    let elapsed = started.elapsed();
+    bar.finish_and_clear();
+
+    let report = report(&options, server, cold_boot, &samples, elapsed)?;
+    if global.json {
+        output::print_json(&report);
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+/// How long the template takes to boot where nothing is restored, measured by the server now.
+async fn cold_boot(client: &Client, template: &str) -> Result<Option<Duration>, Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Boot {
+        boot_ms: f64,
+    }
+    let path = format!("/cubicle/v1/templates/{}/boot", segment(template)?);
+    match client
+        .json::<Boot>(client.request(Method::POST, &path), "boot the template")
+        .await
+    {
+        Ok(boot) => Ok(Some(Duration::from_secs_f64(boot.boot_ms / 1e3))),
+        Err(Error::Refused {
+            status: 404 | 405 | 501,
+            ..
+        }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn run(
+    client: &Client,
+    template: &str,
+    count: usize,
+    concurrency: usize,
+    bar: &indicatif::ProgressBar,
+) -> Result<Vec<Sample>, Error> {
+    stream::iter(0..count)
+        .map(|_| async {
+            let sample = sample(client, template).await;
+            bar.inc(1);
+            sample
+        })
+        .buffer_unordered(concurrency)
+        .try_collect()
+        .await
+}
+
+async fn sample(client: &Client, template: &str) -> Result<Sample, Error> {
+    let start = Instant::now();
+    let body = json!({ "templateID": template, "timeout": 60 });
+    let response = client
+        .send(client.request(Method::POST, "/v2/sandboxes").json(&body))
+        .await?;
+    let phases = response
+        .headers()
+        .get("server-timing")
+        .and_then(|value| value.to_str().ok())
+        .map(server_timing)
+        .unwrap_or_default();
+    let sandbox: CreatedSandbox = response.json().await.map_err(|source| Error::Unexpected {
+        what: "create a sandbox".to_owned(),
+        source: source.into(),
+    })?;
+    let created = millis(start);
+    let measured = in_sandbox(client, &sandbox, start).await;
+    let kill = Instant::now();
+    client.kill(&sandbox.sandbox_id).await?;
+    let (first_command, private_mib) = measured?;
+    Ok(Sample {
+        created,
+        first_command,
+        killed: millis(kill),
+        phases,
+        private_mib,
+    })
+}
+
+async fn in_sandbox(
+    client: &Client,
+    sandbox: &CreatedSandbox,
+    start: Instant,
+) -> Result<(f64, Option<f64>), Error> {
+    let path = format!(
+        "/cubicle/v1/sandboxes/{}/usage",
+        segment(&sandbox.sandbox_id)?
+    );
+    let usage: Option<Usage> = match client
+        .json(client.request(Method::GET, &path), "ask for the memory")
+        .await
+    {
+        Ok(usage) => Some(usage),
+        Err(Error::Refused {
+            status: 404 | 405 | 501,
+            ..
+        }) => None,
+        Err(error) => return Err(error),
+    };
+    // The question above is ours, not the user's: its time is taken out again.
+    let asked = Instant::now();
+    let before = asked.duration_since(start);
+    let reference = SandboxRef {
+        id: sandbox.sandbox_id.clone(),
+        token: sandbox.envd_access_token.clone(),
+        user: None,
+    };
+    let command = Command {
+        program: "true".to_owned(),
+        ..Command::default()
+    };
+    let mut events = client.start(&reference, &command).await?;
+    loop {
+        match events.next().await? {
+            Some(Event::Ended { code: 0, .. }) => break,
+            Some(Event::Ended { status, .. }) => {
+                return Err(Error::Usage(format!(
+                    "`true` failed in the sandbox: {status}"
+                )));
+            }
+            Some(_) => {}
+            None => {
+                return Err(Error::Usage(
+                    "the sandbox died during the benchmark".to_owned(),
+                ));
+            }
+        }
+    }
+    let private = usage.map(|usage| usage.private_bytes as f64 / f64::from(1 << 20));
+    let command = asked.elapsed();
+    Ok(((before + command).as_secs_f64() * 1e3, private))
+}
+
+fn millis(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// The phases in a `Server-Timing` header (W3C Server Timing): `slot;dur=0.4, launch;dur=31.2`.
+fn server_timing(header: &str) -> Vec<(String, f64)> {
+    let metric = |text: &str| {
+        let mut parts = text.split(';').map(str::trim);
+        let name = parts.next()?.to_owned();
+        let duration = parts
+            .find_map(|part| part.strip_prefix("dur="))?
+            .parse()
+            .ok()?;
+        Some((name, duration))
+    };
+    header.split(',').filter_map(metric).collect()
+}
+
+fn report(
+    options: &BenchCreate,
+    server: Value,
+    cold_boot: Option<Duration>,
+    samples: &[Sample],
+    elapsed: Duration,
+) -> Result<Report, Error> {
+    let summary = |value: fn(&Sample) -> f64| {
+        Summary::of(samples.iter().map(value).collect())
+            .ok_or_else(|| Error::Usage("nothing was measured".to_owned()))
+    };
+    let mut phases: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (name, duration) in samples.iter().flat_map(|sample| &sample.phases) {
+        phases.entry(name.clone()).or_default().push(*duration);
+    }
+    let phases_ms: BTreeMap<String, Summary> = phases
+        .into_iter()
+        .filter_map(|(name, values)| Some((name, Summary::of(values)?)))
+        .collect();
+    let cold_boot_ms = cold_boot.map(|boot| boot.as_secs_f64() * 1e3);
+    let restore = phases_ms.get("restore").map(|summary| summary.p50);
+    Ok(Report {
+        template: options.template.clone(),
+        concurrency: options.concurrency,
+        server,
+        create_ms: summary(|sample| sample.created)?,
+        first_command_ms: summary(|sample| sample.first_command)?,
+        kill_ms: summary(|sample| sample.killed)?,
+        private_mib: Summary::of(samples.iter().filter_map(|s| s.private_mib).collect()),
+        times_faster_than_boot: cold_boot_ms
+            .zip(restore)
+            .map(|(boot, restore)| boot / restore),
+        cold_boot_ms,
+        phases_ms,
+        creates_per_second: samples.len() as f64 / elapsed.as_secs_f64(),
+    })
+}
+
+fn print(report: &Report) {
+    println!("{}", machine_line(&report.server));
+    println!(
+        "{} sandboxes from `{}`, {} at a time\n",
+        report.create_ms.n, report.template, report.concurrency
+    );
+    let mut table = output::table(&["", "p50", "p95", "max"]);
+    let row = |name: &str, summary: &Summary, unit: &str| {
+        let cell = |value: f64| format!("{value:.1} {unit}");
+        [
+            name.to_owned(),
+            cell(summary.p50),
+            cell(summary.p95),
+            cell(summary.max),
+        ]
+    };
+    table.add_row(row("create call returned", &report.create_ms, "ms"));
+    table.add_row(row("first `true` has run", &report.first_command_ms, "ms"));
+    table.add_row(row("kill call returned", &report.kill_ms, "ms"));
+    if let Some(private) = &report.private_mib {
+        table.add_row(row("private memory, idle", private, "MiB"));
+    }
+    for (name, summary) in &report.phases_ms {
+        table.add_row(row(&format!("  phase {name}"), summary, "ms"));
+    }
+    output::print_table(&table);
+    if let Some(boot) = report.cold_boot_ms {
+        println!("\ncold boot of the same template: {boot:.0} ms");
+    }
+    if let Some(ratio) = report.times_faster_than_boot {
+        println!("restore is {ratio:.1} times faster");
+    }
+}
+
+/// The machine on one line, from `GET /cubicle/v1/info`.
+fn machine_line(server: &Value) -> String {
+    let text = |field: &str| match &server[field] {
+        Value::String(text) => text.clone(),
+        Value::Null => "?".to_owned(),
+        other => other.to_string(),
+    };
+    format!(
+        "cubicle {} on {} ({} cores, kernel {}), accelerator {}",
+        text("version"),
+        text("cpuModel"),
+        text("cpuCount"),
+        text("kernel"),
+        text("accelerator"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_of_the_set() {
+        assert_eq!(Summary::of(vec![]), None);
+        let one = Summary {
+            n: 1,
+            p50: 7.0,
+            p95: 7.0,
+            max: 7.0,
+        };
+        assert_eq!(Summary::of(vec![7.0]), Some(one));
+        let hundred = (1..=100).rev().map(f64::from).collect();
+        let expected = Summary {
+            n: 100,
+            p50: 50.0,
+            p95: 95.0,
+            max: 100.0,
+        };
+        assert_eq!(Summary::of(hundred), Some(expected));
+    }
+
+    #[test]
+    fn phases_of_a_server_timing_header() {
+        assert_eq!(
+            server_timing("slot;dur=0.4, launch;desc=\"x\";dur=31.2,broken, odd;dur=x"),
+            [("slot".to_owned(), 0.4), ("launch".to_owned(), 31.2)]
+        );
+    }
+}

@@ -1,0 +1,521 @@
+//! The server: every part put together in one process, and taken apart again in order.
+
+mod fleet;
+mod selfcheck;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use cubicle_api::{ApiConfig, AppState, AuthMode};
+use cubicle_control::{
+    Control, ControlConfig,
+    template::{BuildTemplate, Size},
+};
+use cubicle_cow::{
+    Store,
+    backing::{self, StoreKind},
+};
+use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe};
+use cubicle_net::{PoolConfig, SlotPool};
+use cubicle_node::{Node, NodeConfig};
+use cubicle_vmm::qemu::{Qemu, QemuConfig};
+use futures::StreamExt as _;
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+
+use self::fleet::{Facts, Images, NodeFleet};
+pub(crate) use self::selfcheck::{SelfCheck, self_check};
+use crate::{
+    cli::{Accelerator, Up},
+    client::Connection,
+    error::Error,
+};
+
+/// The template that every installation has.
+pub(crate) const BASE: &str = "base";
+/// Size of its sandboxes: what E2B's smallest have, and enough for Python.
+const BASE_SIZE: Size = Size {
+    cpu_count: 1,
+    memory_mib: 512,
+    disk_mib: Recipe::DEFAULT_DISK_MIB,
+};
+/// Who commands in sandboxes run as unless they say otherwise.
+const USER: &str = "user";
+/// Where sockets and other things live that must not outlive the machine's uptime.
+const RUN_DIR: &str = "/run/cubicle";
+
+/// What happens while the server starts, for whoever shows it.
+#[derive(Debug, Clone)]
+pub(crate) enum Starting {
+    /// Something is being done; 0 to 1 of it, where that is known.
+    Progress {
+        step: String,
+        message: String,
+        fraction: Option<f64>,
+    },
+    /// Something has been done or found.
+    Done { step: String, message: String },
+}
+
+/// Told what happens while the server starts.
+pub(crate) type Report<'a> = &'a (dyn Fn(Starting) + Send + Sync);
+
+/// A server that accepts requests.
+pub(crate) struct Server {
+    /// How to reach it.
+    pub(crate) connection: Connection,
+    /// True if the key was made just now.
+    pub(crate) accelerator: String,
+    node: Node,
+    control: Control,
+    store: Store,
+    keep: bool,
+    closing: watch::Sender<bool>,
+    serving: JoinHandle<()>,
+}
+
+/// The parts below the node, with their directories.
+struct Dirs {
+    data: PathBuf,
+    images: PathBuf,
+    run: PathBuf,
+}
+
+impl Dirs {
+    fn create(data: &Path) -> Result<Self, Error> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        // Two servers with different data directories must not meet in one run directory.
+        let run = match data {
+            data if data == Path::new("/var/lib/cubicle") => PathBuf::from(RUN_DIR),
+            data => PathBuf::from(format!("{RUN_DIR}-{}", pool_name(data).as_str())),
+        };
+        let dirs = Self {
+            data: data.to_owned(),
+            images: data.join("images"),
+            run,
+        };
+        for dir in [&dirs.data, &dirs.images, &dirs.run] {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .map_err(|source| Error::File {
+                    action: "make",
+                    path: dir.clone(),
+                    source,
+                })?;
+        }
+        Ok(dirs)
+    }
+}
+
+/// What a probe found, and why.
+#[derive(Debug, Clone)]
+pub(crate) struct Verdict {
+    pub(crate) accelerator: cubicle_vmm::probe::Accelerator,
+    pub(crate) reason: String,
+}
+
+/// The verdict of an earlier probe on this machine.
+pub(crate) async fn accelerator_verdict(_data_dir: &Path) -> Result<Option<Verdict>, Error> {
+    Ok(None)
+}
+
+async fn accelerator(
+    options: &Up,
+    _kernel: &cubicle_image::Kernel,
+    _dirs: &Dirs,
+) -> Result<(cubicle_vmm::probe::Accelerator, String), Error> {
+    use cubicle_vmm::probe::Accelerator as Found;
+    Ok(match options.accelerator {
+        Accelerator::Kvm => (Found::Kvm, "kvm, as asked for".to_owned()),
+        Accelerator::Tcg | Accelerator::Auto => (Found::Tcg, "tcg, as asked for".to_owned()),
+    })
+}
+
+/// Name of the slot pool that belongs to a data directory: `cubicle` for the usual one.
+fn pool_name(data: &Path) -> cubicle_net::PoolName {
+    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+    if data == Path::new("/var/lib/cubicle") {
+        return cubicle_net::PoolName::default();
+    }
+    let mut hasher = DefaultHasher::new();
+    data.hash(&mut hasher);
+    format!("cub{:05x}", hasher.finish() & 0xf_ffff)
+        .parse()
+        .unwrap_or_default()
+}
+
+impl Server {
+    /// Prepares whatever is missing and starts to serve.
+    pub(crate) async fn start(
+        data_dir: &Path,
+        options: &Up,
+        report: Report<'_>,
+    ) -> Result<Self, Error> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(
+                Error::setup("start the server", "it makes VMs and networks")
+                    .with_hint("run it as root: `sudo cubicle up`"),
+            );
+        }
+        if options.no_auth && !options.listen.ip().is_loopback() {
+            return Err(Error::Usage(format!(
+                "--no-auth is for loopback addresses only, and {} is none",
+                options.listen.ip()
+            )));
+        }
+        let done = |step: &str, message: String| {
+            report(Starting::Done {
+                step: step.to_owned(),
+                message,
+            });
+        };
+        let listener = TcpListener::bind(options.listen).await.map_err(|source| {
+            Error::setup(format!("listen on {}", options.listen), source)
+                .with_hint("stop what uses the port, or choose another with --listen")
+        })?;
+        let address = listener
+            .local_addr()
+            .map_err(|source| Error::setup("ask for the server's own address", source))?;
+
+        let dirs = Dirs::create(data_dir)?;
+        let guest = match &options.guest {
+            Some(path) => GuestBinary::load(path),
+            None => GuestBinary::locate(),
+        }
+        .map_err(|error| {
+            Error::setup("find the guest daemon", error)
+                .with_hint("build it with `make build`, or name it with --guest")
+        })?;
+        let images = Images {
+            dir: dirs.images.clone(),
+            kernel: KernelSource::default(),
+            guest,
+            user: USER.to_owned(),
+        };
+        let kernel = with_progress(report, |progress| {
+            let images = images.clone();
+            async move {
+                cubicle_image::prepare_kernel(&images.dir, &images.kernel, &images.guest, &progress)
+                    .await
+            }
+        })
+        .await
+        .map_err(|error| Error::setup("prepare the guest kernel", error))?;
+        done("kernel", format!("Linux {}", kernel.version));
+
+        let (accelerator, why) = accelerator(options, &kernel, &dirs).await?;
+        done("accelerator", why);
+        let qemu = Qemu::open(QemuConfig {
+            accelerator,
+            ..QemuConfig::default()
+        })
+        .await
+        .map_err(|error| {
+            Error::setup("use QEMU", error).with_hint("`cubicle doctor` says what is missing")
+        })?;
+        let hypervisor = format!("QEMU {} ({accelerator})", qemu.features().version);
+        done("hypervisor", hypervisor.clone());
+
+        let store = open_store(&dirs, options.store_gib).await?;
+        done(
+            "store",
+            format!("{} on {}", dirs.data.display(), store_kind(&store)),
+        );
+        let slots = open_slots(&dirs, options).await?;
+        let (node, control) = open_services(
+            &dirs,
+            options,
+            qemu,
+            store.clone(),
+            slots,
+            &images,
+            &hypervisor,
+            &done,
+        )
+        .await?;
+
+        let key = ensure_key(&control, options, &dirs).await?;
+        let connection = Connection {
+            url: format!("http://{}", reachable(address)),
+            api_key: key,
+            domain: options.domain.clone(),
+        };
+        let config = ApiConfig {
+            auth: if options.no_auth {
+                AuthMode::Open
+            } else {
+                AuthMode::Key
+            },
+            open_metrics: address.ip().is_loopback(),
+            domain: Some(options.domain.clone()),
+            node_id: hostname(),
+        };
+        let state = AppState::new(control.clone(), config, |_| {});
+        let router = cubicle_api::router(state);
+        let (closing, mut closed) = watch::channel(false);
+        let serving = tokio::spawn(async move {
+            let stop = async move {
+                // An error means that the sender is gone, which is the end, too.
+                let _ = closed.wait_for(|closing| *closing).await;
+            };
+            if let Err(error) = axum::serve(listener, router)
+                .with_graceful_shutdown(stop)
+                .await
+            {
+                tracing::error!(%error, "the listener failed");
+            }
+        });
+        connection.save(&dirs.data)?;
+        let server = Self {
+            connection,
+            accelerator: accelerator.to_string(),
+            node,
+            control,
+            store,
+            keep: options.keep,
+            closing,
+            serving,
+        };
+        if let Err(error) = server.ensure_base(&kernel, report).await {
+            server.stop().await?;
+            return Err(error);
+        }
+        Ok(server)
+    }
+
+    /// Builds the base template unless the one that is there was made of the same things.
+    async fn ensure_base(
+        &self,
+        kernel: &cubicle_image::Kernel,
+        report: Report<'_>,
+    ) -> Result<(), Error> {
+        let current = match self.control.templates.resolve(BASE).await {
+            Ok(resolved) => self.store.snapshot(&resolved.snapshot).ok(),
+            Err(_) => None,
+        };
+        let fresh = current
+            .as_ref()
+            .is_some_and(|snapshot| snapshot.manifest().kernel == kernel.fingerprint.as_str());
+        if fresh {
+            report(Starting::Done {
+                step: "template".to_owned(),
+                message: format!("`{BASE}` is ready"),
+            });
+            return Ok(());
+        }
+        let failed = |error| Error::setup(format!("build the template `{BASE}`"), error);
+        let request = BuildTemplate {
+            name: BASE.to_owned(),
+            tags: Vec::new(),
+            recipe: BASE.to_owned(),
+            size: BASE_SIZE,
+            force: true,
+        };
+        let started = self
+            .control
+            .templates
+            .build(request)
+            .await
+            .map_err(failed)?;
+        let mut lines = std::pin::pin!(self.control.templates.follow(started.build.id));
+        while let Some(line) = lines.next().await {
+            let line = line.map_err(failed)?;
+            report(Starting::Progress {
+                step: line.step.unwrap_or_else(|| "template".to_owned()),
+                message: line.message,
+                fraction: None,
+            });
+        }
+        self.control.templates.resolve(BASE).await.map_err(failed)?;
+        report(Starting::Done {
+            step: "template".to_owned(),
+            message: format!("`{BASE}` was built"),
+        });
+        Ok(())
+    }
+
+    /// Stops serving and takes everything apart: sandboxes, networks, mounts. With `--keep` the
+    /// sandboxes run on.
+    pub(crate) async fn stop(self) -> Result<(), Error> {
+        let failed = |error| Error::setup("stop the sandboxes", error);
+        self.closing.send_replace(true);
+        let stopped = if self.keep {
+            self.node.detach().await.map_err(failed)
+        } else {
+            self.node.shutdown().await.map_err(failed)
+        };
+        self.control.close().await;
+        // Connections that clients keep open must not hold the server up.
+        self.serving.abort();
+        drop(self.node);
+        self.store.close().await;
+        stopped
+    }
+}
+
+/// Runs work that reports its progress.
+async fn with_progress<F, T, E>(
+    report: Report<'_>,
+    work: impl FnOnce(Progress) -> F,
+) -> Result<T, E>
+where
+    F: Future<Output = Result<T, E>>,
+{
+    let (progress, mut events) = Progress::channel();
+    let work = work(progress);
+    let show = async {
+        while let Some(event) = events.recv().await {
+            report(Starting::Progress {
+                step: event.step.name().to_owned(),
+                message: event.message,
+                fraction: event.fraction.map(f64::from),
+            });
+        }
+    };
+    tokio::join!(work, show).0
+}
+
+async fn open_store(dirs: &Dirs, gib: u64) -> Result<Store, Error> {
+    let config = backing::BackingConfig {
+        max_size: gib << 30,
+        ..Default::default()
+    };
+    let data = dirs.data.clone();
+    let root = tokio::task::spawn_blocking(move || backing::prepare(&data, &config))
+        .await
+        .map_err(|error| Error::setup("prepare the store", error))?
+        .map_err(|error| {
+            Error::setup("prepare the store", error)
+                .with_hint("`cubicle doctor` says what is missing")
+        })?;
+    let (store, swept) = Store::open(&root)
+        .await
+        .map_err(|error| Error::setup("open the store", error))?;
+    tracing::info!(?swept, "the store is open");
+    Ok(store)
+}
+
+fn store_kind(store: &Store) -> String {
+    match store.info() {
+        Ok(info) => match info.kind {
+            StoreKind::Native { filesystem } => format!("{filesystem}, with reflinks"),
+            StoreKind::Loop {
+                size, direct_io, ..
+            } => format!(
+                "an XFS image of {} GiB{}",
+                size >> 30,
+                if direct_io {
+                    ""
+                } else {
+                    " (through the page cache: no direct I/O here)"
+                }
+            ),
+            StoreKind::Copy { filesystem, reason } => {
+                format!("{filesystem}, by copying whole files: {reason}")
+            }
+        },
+        Err(error) => error.to_string(),
+    }
+}
+
+async fn open_slots(dirs: &Dirs, options: &Up) -> Result<SlotPool, Error> {
+    let config = PoolConfig {
+        name: pool_name(&dirs.data),
+        run_dir: dirs.run.clone(),
+        size_max: options.max_sandboxes as usize + 16,
+        ..PoolConfig::default()
+    };
+    let (slots, swept) = SlotPool::open(config).await.map_err(|error| {
+        Error::setup("set up the network", error).with_hint("`cubicle doctor` says what is missing")
+    })?;
+    tracing::info!(?swept, "the network is ready");
+    Ok(slots)
+}
+
+#[expect(clippy::too_many_arguments, reason = "the parts of a server, met once")]
+async fn open_services(
+    dirs: &Dirs,
+    options: &Up,
+    qemu: Qemu,
+    store: Store,
+    slots: SlotPool,
+    images: &Images,
+    hypervisor: &str,
+    done: &(dyn Fn(&str, String) + Send + Sync),
+) -> Result<(Node, Control), Error> {
+    let mut config = NodeConfig::new(&dirs.data, &dirs.run)
+        .map_err(|error| Error::setup("configure the node", error))?;
+    config.limits.max_sandboxes = options.max_sandboxes as usize;
+    config.guest.user = USER.to_owned();
+    config.guest.dns_servers.clone_from(&options.dns);
+    let (node, adopted) = Node::open(config, Arc::new(qemu), store, Some(slots))
+        .await
+        .map_err(|error| Error::setup("open the node", error))?;
+    if !adopted.adopted.is_empty() {
+        done(
+            "adopted",
+            format!("{} sandboxes ran on", adopted.adopted.len()),
+        );
+    }
+    for (id, why) in &adopted.lost {
+        done("lost", format!("{id}: {why}"));
+    }
+    let facts = Facts {
+        id: hostname(),
+        address: match options.listen.ip() {
+            IpAddr::V4(address) if !address.is_unspecified() => address,
+            _ => Ipv4Addr::LOCALHOST,
+        },
+        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        memory_mib: total_memory_mib(),
+        hypervisor: hypervisor.to_owned(),
+    };
+    let fleet = NodeFleet::new(node.clone(), images.clone(), facts);
+    let (control, reconciled) =
+        Control::open(ControlConfig::new(dirs.data.join("cubicle.db")), fleet)
+            .await
+            .map_err(|error| Error::setup("open the control plane", error))?;
+    tracing::info!(?reconciled, "intent and fact agree");
+    Ok((node, control))
+}
+
+/// The local client's key: made at the first start, and again if its copy was lost.
+async fn ensure_key(control: &Control, options: &Up, dirs: &Dirs) -> Result<String, Error> {
+    if options.no_auth {
+        return Ok(String::new());
+    }
+    let failed = |error| Error::setup("make an API key", error);
+    if let Some(new) = control.keys.ensure_default().await.map_err(failed)? {
+        return Ok(new.key);
+    }
+    if let Ok(known) = Connection::load(&dirs.data)
+        && control.keys.verify(&known.api_key).is_some()
+    {
+        return Ok(known.api_key);
+    }
+    Ok(control.keys.create("local").await.map_err(failed)?.key)
+}
+
+/// The address that clients of this machine use for one that was listened on.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), address.port()),
+        _ => address,
+    }
+}
+
+fn hostname() -> String {
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
+}
+
+fn total_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    u64::from(info.totalram) * u64::from(info.mem_unit) >> 20
+}
