@@ -2,6 +2,9 @@
 
 pub mod access;
 mod blocking;
+pub mod channel;
+pub mod daemon;
+mod fds;
 pub mod files;
 pub mod filesystem;
 pub mod http;

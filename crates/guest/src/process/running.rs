@@ -17,7 +17,7 @@ use super::{
     Error,
     output::{Output, Subscriber},
 };
-use crate::proto::process::ProcessConfig;
+use crate::{fds, proto::process::ProcessConfig};
 
 /// One process that was started here, while it runs and for a while after.
 pub(super) struct Process {
@@ -44,7 +44,7 @@ impl Process {
         stdin: Option<OwnedFd>,
         terminal: Option<OwnedFd>,
     ) -> io::Result<Self> {
-        let writable = |fd| AsyncFd::with_interest(fd, Interest::WRITABLE);
+        let writable = |fd| fds::watch(fd, Interest::WRITABLE);
         let input = match terminal {
             Some(terminal) => Input::Terminal(Mutex::new(writable(terminal)?)),
             None => Input::Stdin(Mutex::new(stdin.map(writable).transpose()?)),

@@ -7,7 +7,7 @@ use connectrpc::{
 };
 use futures::StreamExt as _;
 use rustix::{process::Signal, termios::Winsize};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::io::Interest;
 
 use super::{
     Error,
@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     access::{self, State},
+    fds,
     journal::{Journal, Level},
     proto::process::{
         CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse, ListRequest,
@@ -76,7 +77,7 @@ impl Processes {
                 .collect::<std::io::Result<Vec<_>>>()?;
             Ok((Arc::new(process), readers))
         };
-        let pidfd = AsyncFd::with_interest(child.pidfd, Interest::READABLE);
+        let pidfd = fds::watch(child.pidfd, Interest::READABLE);
         let (pidfd, (process, readers)) = match pidfd.and_then(|pidfd| Ok((pidfd, adopt()?))) {
             Ok(adopted) => adopted,
             Err(source) => {
@@ -154,6 +155,10 @@ fn window(pty: &PTY) -> Winsize {
     }
 }
 
+#[allow(
+    refining_impl_trait,
+    reason = "says what every method answers; nobody implements the trait again"
+)]
 impl Service for Processes {
     async fn list(
         &self,

@@ -20,6 +20,7 @@ use super::{
     output::{End, ExitStatus, Source},
     running::Process,
 };
+use crate::fds;
 
 /// How long output is still followed after the process itself has ended, while something that it
 /// started holds its files open. What it wrote itself arrives whole in any case.
@@ -39,7 +40,7 @@ impl Reader {
     pub(super) fn new(source: Source, fd: OwnedFd) -> io::Result<Self> {
         Ok(Self {
             source,
-            fd: AsyncFd::with_interest(fd, Interest::READABLE)?,
+            fd: fds::watch(fd, Interest::READABLE)?,
         })
     }
 
