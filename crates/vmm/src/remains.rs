@@ -22,7 +22,7 @@ pub(crate) struct Remains {
     /// `None`: known to be gone.
     pub(crate) process: Option<Process>,
     pub(crate) cgroups: Vec<PathBuf>,
-    pub(crate) run_dir: PathBuf,
+    pub(crate) run_dir: Option<PathBuf>,
 }
 
 impl Remains {
@@ -42,9 +42,12 @@ impl Remains {
                 })?;
         }
         cgroup::remove(&self.cgroups).await?;
-        match tokio::fs::remove_dir_all(&self.run_dir).await {
+        let Some(run_dir) = &self.run_dir else {
+            return Ok(());
+        };
+        match tokio::fs::remove_dir_all(run_dir).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io("remove", &self.run_dir)(error))
+                Err(Error::io("remove", run_dir)(error))
             }
             _ => Ok(()),
         }
@@ -56,13 +59,19 @@ impl Remains {
 pub(crate) struct Launching(Option<Remains>);
 
 impl Launching {
-    pub(crate) fn new(id: SandboxId, run_dir: PathBuf) -> Self {
+    pub(crate) fn new(id: SandboxId) -> Self {
         Self(Some(Remains {
             id,
             process: None,
             cgroups: Vec::new(),
-            run_dir,
+            run_dir: None,
         }))
+    }
+
+    pub(crate) fn add_run_dir(&mut self, run_dir: PathBuf) {
+        if let Some(remains) = &mut self.0 {
+            remains.run_dir = Some(run_dir);
+        }
     }
 
     pub(crate) fn add_process(&mut self, process: Process) {
@@ -77,9 +86,9 @@ impl Launching {
         }
     }
 
-    /// It arrived. `None` never happens, as arriving consumes the value.
-    pub(crate) fn arrived(mut self) -> Option<Remains> {
-        self.0.take()
+    /// It arrived, and is no longer removed.
+    pub(crate) fn arrived(mut self) {
+        self.0 = None;
     }
 
     /// Removes it now and says how that went.

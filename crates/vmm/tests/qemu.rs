@@ -51,7 +51,8 @@ async fn a_cold_vm_answers_freezes_and_runs_on() {
     vm.resume().await.unwrap();
     vm.resume().await.unwrap();
     // The answer to the question asked while it was paused.
-    assert_eq!(guest.ask("set after").await, "pong");
+    assert_eq!(guest.answer().await.unwrap(), "pong");
+    assert_eq!(guest.ask("set after").await, "ok");
 
     let mut restored = dir.spec(frozen.boot());
     restored.cpus = 2;
@@ -254,12 +255,18 @@ async fn a_restored_vm_waits_until_it_is_resumed() {
         None
     );
     vm.resume().await.unwrap();
-    assert_eq!(guest.ask("ping").await, "template");
+    // The answer to the question asked while it waited.
+    assert_eq!(guest.answer().await.unwrap(), "template");
     // One connection at a time: the next is served when this one is closed.
     drop(guest);
     let mut guest = Conversation::with(&*vm).await;
-    let answer = guest.ask("get").await;
-    assert!(answer == "template" || answer == "pong", "{answer}");
+    assert_eq!(guest.ask("get").await, "template");
+    // Nor does a second VM move in where one lives.
+    let mut second = dir.spec(template().await.boot());
+    second.run_dir = vm.record().run_dir;
+    let error = driver.launch(second).await.err().unwrap();
+    assert!(error.to_string().contains("another VM runs in"), "{error}");
+    assert_eq!(guest.ask("ping").await, "pong");
     vm.kill().await.unwrap();
     assert_gone(&vm.record());
 }
@@ -394,4 +401,109 @@ async fn a_guest_that_floods_its_console_fills_no_disk() {
     );
     vm.kill().await.unwrap();
     assert_gone(&vm.record());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_ends_what_nobody_wants_and_nothing_else() {
+    let (driver, dir, other) = (driver().await, Dir::new(), Dir::new());
+    let boot = template().await.boot();
+    let wanted = driver.launch(dir.spec(boot.clone())).await.unwrap();
+    let lost = driver.launch(dir.spec(boot.clone())).await.unwrap();
+    let elsewhere = driver.launch(other.spec(boot)).await.unwrap();
+    fs::create_dir(dir.path().join("leftover")).unwrap();
+    let keep = [wanted.record()];
+    let killed = driver.sweep(dir.path(), &keep).await.unwrap();
+    assert_eq!(killed, [lost.record().id]);
+    assert_gone(&lost.record());
+    assert!(!dir.path().join("leftover").exists());
+    for vm in [wanted, elsewhere] {
+        assert_eq!(Conversation::with(&*vm).await.ask("get").await, "template");
+        vm.kill().await.unwrap();
+        assert_gone(&vm.record());
+    }
+    assert!(driver.sweep(dir.path(), &[]).await.unwrap().is_empty());
+    assert!(
+        driver
+            .sweep(&dir.path().join("missing"), &[])
+            .await
+            .unwrap()
+            .is_empty()
+    );
+}
+
+/// Not a test of its own: what `a_vm_survives_its_server` runs as a server, to be killed.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started by another test"]
+async fn a_server_that_will_be_killed() {
+    let run_dir = std::env::var("RUN_DIR").expect("a directory from the test that starts this");
+    let driver = driver().await;
+    let mut spec = Dir::new().spec(template().await.boot());
+    spec.run_dir = run_dir.into();
+    spec.kernel_log = true;
+    let vm = driver.launch(spec).await.unwrap();
+    let mut guest = Conversation::with(&*vm).await;
+    assert_eq!(guest.ask("set survivor").await, "ok");
+    let record = vm.record();
+    let path = record.run_dir.with_extension("record");
+    fs::write(&path, serde_json::to_string(&record).unwrap()).unwrap();
+    // Killed with its connections open, a command in flight.
+    loop {
+        vm.pause().await.unwrap();
+        vm.resume().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_survives_its_server() {
+    let (driver, dir) = (driver().await, Dir::new());
+    let run_dir = dir.path().join("vm");
+    let mut server = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_server_that_will_be_killed", "--ignored"])
+        .env("RUN_DIR", &run_dir)
+        .stdout(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let path = run_dir.with_extension("record");
+    let text = loop {
+        match fs::read_to_string(&path) {
+            Ok(text) if text.ends_with('}') => break text,
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+        assert_eq!(server.try_wait().unwrap(), None, "the server failed");
+    };
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    server.kill().await.unwrap();
+
+    let record: VmRecord = serde_json::from_str(&text).unwrap();
+    let vm = driver
+        .adopt(&record)
+        .await
+        .unwrap()
+        .expect("it outlives its server");
+    // The server may have died between a pause and the resume.
+    vm.resume().await.unwrap();
+    let mut guest = Conversation::with(&*vm).await;
+    assert_eq!(guest.ask("get").await, "survivor");
+    assert_eq!(guest.ask("print adopted").await, "ok");
+    let frozen = freeze(&*vm, &dir.path().join("frozen")).await;
+    let child = driver.launch(dir.spec(frozen.boot())).await.unwrap();
+    assert_eq!(
+        Conversation::with(&*child).await.ask("get").await,
+        "survivor"
+    );
+    child.kill().await.unwrap();
+    let log = fs::read_to_string(VmSpec::kernel_log_path(&record.run_dir)).unwrap();
+    assert!(log.contains("adopted"), "{log}");
+    let watched = Arc::clone(&vm);
+    let exited = tokio::spawn(async move { watched.exited().await });
+    vm.kill().await.unwrap();
+    exited.await.unwrap();
+    assert_gone(&record);
+
+    // After a restart of the host, the same pid and start time mean nothing.
+    let mut stale = record;
+    stale.pid = i32::try_from(std::process::id()).unwrap();
+    stale.boot_id = "another".to_owned();
+    assert!(driver.adopt(&stale).await.unwrap().is_none());
 }

@@ -105,10 +105,14 @@ fn reopened(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Transports of the machine, and with them the order in which the guest finds its devices.
+/// One of the machine's 8 transports.
 fn transport(index: usize) -> String {
     format!("virtio-mmio-bus.{index}")
 }
+
+/// Last transport. Disks are attached from here downwards: the firmware's table lists transports
+/// in descending order, and guests name disks in the order in which they find them.
+const LAST_TRANSPORT: usize = 7;
 
 /// The arguments, program name included.
 pub(crate) fn arguments(
@@ -249,7 +253,7 @@ fn devices(push: &mut impl FnMut(&str, String), fds: &Descriptors) {
         let set = FIRST_DISK_SET + index;
         push("-add-fd", format!("fd={},set={set}", disk.fd.as_raw_fd()));
         push("-blockdev", blockdev(index, set, disk));
-        let bus = transport(3 + index);
+        let bus = transport(LAST_TRANSPORT - index);
         push(
             "-device",
             format!("virtio-blk-device,bus={bus},drive=disk{index}"),
@@ -372,7 +376,7 @@ mod tests {
             devices
                 .last()
                 .unwrap()
-                .contains("virtio-mmio-bus.7,drive=disk4")
+                .contains("virtio-mmio-bus.3,drive=disk4")
         );
         assert_eq!(
             devices

@@ -7,6 +7,7 @@ use std::{
     os::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::{
+            ffi::OsStrExt as _,
             fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
             net::UnixListener,
         },
@@ -20,7 +21,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::net::UnixStream;
 
 use super::{
-    CHANNEL_SOCKET, CONSOLE_SOCKET, Host, MONITOR_SOCKET, NAME, args, blocking, qmp::Qmp,
+    CHANNEL_SOCKET, CONSOLE_SOCKET, Host, MONITOR_SOCKET, NAME, args, blocking, qmp::Qmp, sweep,
     vm::QemuVm,
 };
 use crate::{
@@ -46,18 +47,31 @@ pub(super) async fn launch(host: &Arc<Host>, spec: VmSpec) -> Result<(QemuVm, Op
     let spec = Arc::new(spec);
     let started = {
         let (host, spec) = (Arc::clone(host), Arc::clone(&spec));
-        blocking(move || start(&host, &spec)).await
-    };
-    let mut started = started.unwrap_or_else(|reason| {
-        Err(Error::InvalidSpec {
-            id: spec.id.clone(),
-            reason,
+        blocking(move || {
+            let mut launching = Launching::new(spec.id.clone());
+            let started = start(&host, &spec, &mut launching);
+            (launching, started)
         })
+        .await
+    };
+    let (launching, started) = started.map_err(|reason| {
+        let id = spec.id.clone();
+        Error::Spawn {
+            id,
+            step: "prepare it",
+            source: io::Error::other(reason),
+        }
     })?;
+    let mut started = match started {
+        Ok(started) => started,
+        Err(error) => {
+            launching.abandon().await?;
+            return Err(error);
+        }
+    };
     match load(&mut started, &spec).await {
         Ok((qmp, console)) => {
             let Started {
-                launching,
                 record,
                 process,
                 output,
@@ -69,7 +83,7 @@ pub(super) async fn launch(host: &Arc<Host>, spec: VmSpec) -> Result<(QemuVm, Op
         }
         Err(error) => {
             let error = explain(error, &started, &spec.id).await;
-            started.launching.abandon().await?;
+            launching.abandon().await?;
             Err(error)
         }
     }
@@ -77,7 +91,6 @@ pub(super) async fn launch(host: &Arc<Host>, spec: VmSpec) -> Result<(QemuVm, Op
 
 /// A process that was started and what has to be known of it.
 struct Started {
-    launching: Launching,
     record: VmRecord,
     process: Process,
     output: Output,
@@ -87,8 +100,9 @@ struct Started {
 }
 
 /// Everything up to the execution of QEMU. Blocks for a few milliseconds.
-fn start(host: &Host, spec: &VmSpec) -> Result<Started> {
-    let mut launching = make_run_dir(spec)?;
+fn start(host: &Host, spec: &VmSpec, launching: &mut Launching) -> Result<Started> {
+    make_run_dir(spec)?;
+    launching.add_run_dir(spec.run_dir.clone());
     let (memory, memory_file) = open_memory(host, spec)?;
     let boot = open_boot(spec)?;
     let disks = spec.disks.iter().map(|disk| open_disk(disk, spec.disk_io));
@@ -142,7 +156,6 @@ fn start(host: &Host, spec: &VmSpec) -> Result<Started> {
         memory: memory_file,
     };
     Ok(Started {
-        launching,
         record,
         process,
         output,
@@ -179,7 +192,12 @@ fn spawn(host: &Host, spec: &VmSpec, fds: &Descriptors, output: BorrowedFd<'_>) 
             .pids
             .map(|pids| (libc::RLIMIT_NPROC, u64::from(pids))),
     );
+    let mut marker = format!("{}=", sweep::RUN_DIR_VARIABLE).into_bytes();
+    marker.extend_from_slice(spec.run_dir.as_os_str().as_bytes());
+    let marker =
+        CString::new(marker).map_err(|error| failed("name its directory", error.into()))?;
     let plan = confine::Plan {
+        environment: vec![c"LC_ALL=C".to_owned(), marker],
         program: no_nul(host.features.binary.display().to_string())?,
         arguments: arguments.into_iter().map(no_nul).collect::<Result<_>>()?,
         input: host.nothing.as_fd(),
@@ -286,18 +304,25 @@ fn validate(spec: &VmSpec) -> Result<()> {
     Ok(())
 }
 
-fn make_run_dir(spec: &VmSpec) -> Result<Launching> {
+fn make_run_dir(spec: &VmSpec) -> Result<()> {
     let dir = &spec.run_dir;
+    let monitor = dir.join(MONITOR_SOCKET);
+    if std::os::unix::net::UnixStream::connect(monitor).is_ok() {
+        let reason = format!("another VM runs in {}", dir.display());
+        return Err(Error::InvalidSpec {
+            id: spec.id.clone(),
+            reason,
+        });
+    }
     let make = || DirBuilder::new().mode(0o700).create(dir);
     match make() {
         // A leftover of a VM by that name that is long gone.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             fs::remove_dir_all(dir).map_err(Error::io("empty", dir))?;
-            make().map_err(Error::io("create", dir))?;
+            make().map_err(Error::io("create", dir))
         }
-        result => result.map_err(Error::io("create", dir))?,
+        result => result.map_err(Error::io("create", dir)),
     }
-    Ok(Launching::new(spec.id.clone(), dir.clone()))
 }
 
 fn open_memory(host: &Host, spec: &VmSpec) -> Result<(MemorySource, MemoryFile)> {

@@ -16,12 +16,14 @@ use std::{
 };
 
 use async_trait::async_trait;
+use cubicle_ids::SandboxId;
 use tokio::net::UnixStream;
 
 mod args;
 mod features;
 mod launch;
 mod qmp;
+mod sweep;
 mod vm;
 
 pub use args::GUEST_MAC;
@@ -193,6 +195,10 @@ impl Hypervisor for Qemu {
         Ok(Arc::new(vm))
     }
 
+    async fn sweep(&self, run_root: &Path, keep: &[VmRecord]) -> Result<Vec<SandboxId>> {
+        sweep::sweep(run_root, keep).await
+    }
+
     async fn adopt(&self, record: &VmRecord) -> Result<Option<Arc<dyn Vm>>> {
         let process = if record.boot_id == self.0.boot_id {
             Process::find(record.pid, record.start_time)
@@ -205,7 +211,7 @@ impl Hypervisor for Qemu {
                 id: record.id.clone(),
                 process: None,
                 cgroups: record.cgroups.clone(),
-                run_dir: record.run_dir.clone(),
+                run_dir: Some(record.run_dir.clone()),
             };
             remains.remove().await?;
             return Ok(None);

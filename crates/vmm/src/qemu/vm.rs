@@ -297,7 +297,7 @@ impl Vm for QemuVm {
             id: self.record.id.clone(),
             process: Some(self.process.clone()),
             cgroups: self.record.cgroups.clone(),
-            run_dir: self.record.run_dir.clone(),
+            run_dir: Some(self.record.run_dir.clone()),
         };
         remains.remove().await
     }

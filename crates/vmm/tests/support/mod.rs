@@ -269,10 +269,14 @@ impl Drop for Dir {
     }
 }
 
-/// Processes of a user, zombies included.
+/// Processes of a user, our own zombies included; others' are for their parents to reap.
 fn processes_of(uid: u32) -> Vec<i32> {
+    let own = format!("PPid:\t{}\n", std::process::id());
     let owner = |pid: &i32| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        if status.contains("State:\tZ") && !status.contains(&own) {
+            return None;
+        }
         let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
         uids.split_ascii_whitespace().next()?.parse::<u32>().ok()
     };
@@ -315,6 +319,7 @@ impl Conversation {
             .expect("an answer of the guest")
     }
 
+    /// Asks, and has the answer if it comes in time.
     pub(crate) async fn ask_within(
         &mut self,
         question: &str,
@@ -325,15 +330,20 @@ impl Conversation {
                 .write_all(format!("{question}\n").as_bytes())
                 .await
                 .ok()?;
-            let mut line = String::new();
-            self.0
-                .read_line(&mut line)
-                .await
-                .ok()
-                .filter(|read| *read > 0)?;
-            Some(line.trim_end().to_owned())
+            self.answer().await
         };
         tokio::time::timeout(patience, asked).await.ok().flatten()
+    }
+
+    /// The next answer.
+    pub(crate) async fn answer(&mut self) -> Option<String> {
+        let mut line = String::new();
+        self.0
+            .read_line(&mut line)
+            .await
+            .ok()
+            .filter(|read| *read > 0)?;
+        Some(line.trim_end().to_owned())
     }
 }
 
