@@ -40,11 +40,14 @@ while read -r pid uid program; do
     fi
 done < <(ps -eo pid=,uid=,comm=)
 
-# The last mounted goes first. A slot's links go with its network namespace.
+# Everything mounted below the directories; the last mounted goes first. A slot's links go with its network namespace.
+mounts() {
+    findmnt --noheadings --raw --output TARGET |
+        awk -v data="$DATA_DIR/" -v run="$RUN_DIR/" 'index($0, data) == 1 || index($0, run) == 1'
+}
 while read -r target; do
     umount --lazy "$target"
-done < <(findmnt --noheadings --raw --output TARGET |
-    awk -v data="$DATA_DIR/" -v run="$RUN_DIR/" 'index($0, data) == 1 || index($0, run) == 1' | tac)
+done < <(mounts | tac)
 
 nft -j list tables 2>/dev/null | grep -o '"family": "[a-z0-9]*", "name": "cubicle"' |
     sed 's/.*family": "\([a-z0-9]*\)".*/\1/' |
@@ -54,6 +57,15 @@ for link in /sys/class/net/cubicle-*; do
 done
 find /sys/fs/cgroup -depth -type d -name 'cubicle*' -exec rmdir --ignore-fail-on-non-empty {} + 2>/dev/null || true
 
-rm -rf --one-file-system "$DATA_DIR" "$RUN_DIR"
+# Never through a mount: it may be anything.
+if left=$(mounts) && [[ -n $left ]]; then
+    die "still mounted: ${left//$'\n'/, }"
+fi
+for directory in "$DATA_DIR" "$RUN_DIR"; do
+    [[ -d $directory ]] || continue
+    find "$directory" -mindepth 1 -maxdepth 1 -exec rm -rf {} +
+    # It stays if it is a file system of its own.
+    rmdir "$directory" 2>/dev/null || true
+done
 [[ -L $BIN ]] && rm -f "$BIN"
 echo "Cubicle is gone from this machine. Packages that were installed for it have stayed."

@@ -1,6 +1,11 @@
 //! A working directory for a build: in memory where there is room, else on disk.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -63,9 +68,51 @@ impl Drop for Scratch {
     }
 }
 
-fn discard(path: &Path) -> std::io::Result<()> {
+fn discard(path: &Path) -> io::Result<()> {
     while path.exists() && unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok() {}
+    // Removing goes through mounts, into what may be somebody else's directory.
+    if has_mounts(path)? {
+        let message = format!("something is mounted in `{}`", path.display());
+        return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
+    }
     remove(path)
+}
+
+/// Whether something is mounted at `path` or below it.
+fn has_mounts(path: &Path) -> io::Result<bool> {
+    let path = match path.canonicalize() {
+        Ok(path) => path,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let mounts = fs_err::read("/proc/self/mountinfo")?;
+    let mut points = mounts.split(|&byte| byte == b'\n').filter_map(|line| {
+        // The fifth field; white space and backslashes in it are written in octal.
+        line.split(|&byte| byte == b' ').nth(4).map(unescape)
+    });
+    Ok(points.any(|point| Path::new(OsStr::from_bytes(&point)).starts_with(&path)))
+}
+
+/// Puts `\ooo` back into the byte that it stands for.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let octal = tail
+            .get(..3)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(value) if byte == b'\\' => {
+                plain.push(value);
+                rest = &tail[3..];
+            }
+            _ => {
+                plain.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    plain
 }
 
 /// `MemAvailable` of /proc/meminfo, in bytes.
@@ -112,6 +159,23 @@ mod tests {
         assert!(!path.join("stale").exists());
         drop(scratch);
         assert!(!path.exists() && !mounted(&path));
+    }
+
+    #[test]
+    fn what_is_mounted_inside_is_never_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let precious = root.path().join("precious");
+        fs_err::create_dir(&precious).unwrap();
+        fs_err::write(precious.join("file"), "x").unwrap();
+        let path = root.path().join("wo rk");
+        let inside = path.join("bind");
+        fs_err::create_dir_all(&inside).unwrap();
+        rustix::mount::mount_bind(&precious, &inside).unwrap();
+        let error = Scratch::new(path.clone(), u64::MAX / 4).unwrap_err();
+        unmount(&inside, UnmountFlags::DETACH).unwrap();
+        assert!(precious.join("file").exists(), "{error}");
+        drop(Scratch::new(path.clone(), u64::MAX / 4).unwrap());
+        assert!(!path.exists() && precious.join("file").exists());
     }
 
     #[test]
