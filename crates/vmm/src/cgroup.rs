@@ -249,15 +249,6 @@ impl Drop for Cgroup {
     }
 }
 
-/// Directories that the group of this name has now.
-pub(crate) fn paths_of(name: &str) -> Vec<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let paths = parse_mounts(&mounts)
-        .into_iter()
-        .map(|mount| mount.at.join(PARENT).join(name));
-    paths.filter(|path| path.is_dir()).collect()
-}
-
 /// Moves a process with all its threads into the group that these directories make up.
 pub(crate) fn attach(paths: &[PathBuf], pid: i32) -> Result<()> {
     for path in paths {

@@ -22,8 +22,6 @@ pub(crate) struct Plan<'a> {
     pub(crate) program: CString,
     /// Arguments, the program's name first.
     pub(crate) arguments: Vec<CString>,
-    /// All of its environment, as `NAME=value`.
-    pub(crate) environment: Vec<CString>,
     /// Becomes standard input.
     pub(crate) input: BorrowedFd<'a>,
     /// Becomes standard output and standard error.
@@ -74,7 +72,7 @@ const LAST_CAPABILITY: c_long = 63;
 struct Prepared {
     program: *const c_char,
     arguments: Vec<*const c_char>,
-    environment: Vec<*const c_char>,
+    environment: [*const c_char; 2],
     input: RawFd,
     output: RawFd,
     inherit: Vec<RawFd>,
@@ -102,19 +100,13 @@ pub(crate) type Child = (i32, OwnedFd);
 pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Child, Failure> {
     let mut arguments: Vec<*const c_char> = plan.arguments.iter().map(|a| a.as_ptr()).collect();
     arguments.push(ptr::null());
-    let mut environment: Vec<*const c_char> = plan
-        .environment
-        .iter()
-        .map(|variable| variable.as_ptr())
-        .collect();
-    environment.push(ptr::null());
     let inherit: Vec<RawFd> = plan.inherit.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: an all-zero `sigset_t` is a valid value, and the empty set on Linux.
     let no_signals = unsafe { std::mem::zeroed() };
     let prepared = Prepared {
         program: plan.program.as_ptr(),
         arguments,
-        environment,
+        environment: [c"LC_ALL=C".as_ptr(), ptr::null()],
         input: plan.input.as_raw_fd(),
         output: plan.output.as_raw_fd(),
         close: gaps(&inherit),

@@ -23,7 +23,6 @@
 use std::{path::Path, pin::Pin, sync::Arc};
 
 use async_trait::async_trait;
-use cubicle_ids::SandboxId;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub mod cgroup;
@@ -79,15 +78,6 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// When the host does not tell whether the process still runs, or what it left cannot be
     /// removed.
     async fn adopt(&self, record: &VmRecord) -> Result<Option<Arc<dyn Vm>>>;
-
-    /// Kills every VM of this driver whose run directory is directly below `run_root` and which
-    /// is not in `keep`, such as one whose launch a crash interrupted before it was recorded;
-    /// removes what they and earlier ones left there. Returns whose VMs were killed. To be called
-    /// at start, when nothing is being launched below `run_root`.
-    ///
-    /// # Errors
-    /// When the host does not tell its processes, or something cannot be killed or removed.
-    async fn sweep(&self, run_root: &Path, keep: &[VmRecord]) -> Result<Vec<SandboxId>>;
 }
 
 /// A VM that was started. All methods may be called from any task; commands are serialised.

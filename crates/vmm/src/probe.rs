@@ -126,6 +126,12 @@ pub async fn probe(config: &ProbeConfig) -> Result<Verdict> {
     Ok(cached.verdict)
 }
 
+/// The verdict of the last probe, whether or not its conditions still hold.
+#[must_use]
+pub fn last_verdict(cache: &Path) -> Option<Verdict> {
+    read_cache(cache).map(|cached| cached.verdict)
+}
+
 /// What rules KVM out without trying.
 fn obstacle() -> Option<String> {
     let device = fs::OpenOptions::new()
@@ -285,8 +291,12 @@ impl Conditions {
 }
 
 fn remembered(cache: &Path, conditions: &Conditions) -> Option<Verdict> {
-    let cached: Cached = serde_json::from_slice(&fs::read(cache).ok()?).ok()?;
+    let cached = read_cache(cache)?;
     (cached.conditions == *conditions).then_some(cached.verdict)
+}
+
+fn read_cache(cache: &Path) -> Option<Cached> {
+    serde_json::from_slice(&fs::read(cache).ok()?).ok()
 }
 
 fn remember(cache: &Path, cached: &Cached) -> io::Result<()> {

@@ -403,34 +403,6 @@ async fn a_guest_that_floods_its_console_fills_no_disk() {
     assert_gone(&vm.record());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_sweep_ends_what_nobody_wants_and_nothing_else() {
-    let (driver, dir, other) = (driver().await, Dir::new(), Dir::new());
-    let boot = template().await.boot();
-    let wanted = driver.launch(dir.spec(boot.clone())).await.unwrap();
-    let lost = driver.launch(dir.spec(boot.clone())).await.unwrap();
-    let elsewhere = driver.launch(other.spec(boot)).await.unwrap();
-    fs::create_dir(dir.path().join("leftover")).unwrap();
-    let keep = [wanted.record()];
-    let killed = driver.sweep(dir.path(), &keep).await.unwrap();
-    assert_eq!(killed, [lost.record().id]);
-    assert_gone(&lost.record());
-    assert!(!dir.path().join("leftover").exists());
-    for vm in [wanted, elsewhere] {
-        assert_eq!(Conversation::with(&*vm).await.ask("get").await, "template");
-        vm.kill().await.unwrap();
-        assert_gone(&vm.record());
-    }
-    assert!(driver.sweep(dir.path(), &[]).await.unwrap().is_empty());
-    assert!(
-        driver
-            .sweep(&dir.path().join("missing"), &[])
-            .await
-            .unwrap()
-            .is_empty()
-    );
-}
-
 /// Not a test of its own: what `a_vm_survives_its_server` runs as a server, to be killed.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by another test"]

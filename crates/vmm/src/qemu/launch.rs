@@ -7,7 +7,6 @@ use std::{
     os::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::{
-            ffi::OsStrExt as _,
             fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
             net::UnixListener,
         },
@@ -21,7 +20,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::net::UnixStream;
 
 use super::{
-    CHANNEL_SOCKET, CONSOLE_SOCKET, Host, MONITOR_SOCKET, NAME, args, blocking, qmp::Qmp, sweep,
+    CHANNEL_SOCKET, CONSOLE_SOCKET, Host, MONITOR_SOCKET, NAME, args, blocking, qmp::Qmp,
     vm::QemuVm,
 };
 use crate::{
@@ -192,12 +191,7 @@ fn spawn(host: &Host, spec: &VmSpec, fds: &Descriptors, output: BorrowedFd<'_>) 
             .pids
             .map(|pids| (libc::RLIMIT_NPROC, u64::from(pids))),
     );
-    let mut marker = format!("{}=", sweep::RUN_DIR_VARIABLE).into_bytes();
-    marker.extend_from_slice(spec.run_dir.as_os_str().as_bytes());
-    let marker =
-        CString::new(marker).map_err(|error| failed("name its directory", error.into()))?;
     let plan = confine::Plan {
-        environment: vec![c"LC_ALL=C".to_owned(), marker],
         program: no_nul(host.features.binary.display().to_string())?,
         arguments: arguments.into_iter().map(no_nul).collect::<Result<_>>()?,
         input: host.nothing.as_fd(),

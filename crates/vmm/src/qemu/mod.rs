@@ -16,14 +16,12 @@ use std::{
 };
 
 use async_trait::async_trait;
-use cubicle_ids::SandboxId;
 use tokio::net::UnixStream;
 
 mod args;
 mod features;
 mod launch;
 mod qmp;
-mod sweep;
 mod vm;
 
 pub use args::GUEST_MAC;
@@ -193,10 +191,6 @@ impl Hypervisor for Qemu {
     async fn launch(&self, spec: VmSpec) -> Result<Arc<dyn Vm>> {
         let (vm, _) = self.start(spec, true).await?;
         Ok(Arc::new(vm))
-    }
-
-    async fn sweep(&self, run_root: &Path, keep: &[VmRecord]) -> Result<Vec<SandboxId>> {
-        sweep::sweep(run_root, keep).await
     }
 
     async fn adopt(&self, record: &VmRecord) -> Result<Option<Arc<dyn Vm>>> {
