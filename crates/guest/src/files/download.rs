@@ -3,6 +3,7 @@
 use std::{
     fs::{File, Metadata as Stat},
     io,
+    ops::Range,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -54,12 +55,12 @@ pub(crate) async fn download(
     let settings = query
         .authorize(&state, &headers, Operation::Read)
         .map_err(Error::from)?;
-    let opened = blocking(move || {
+    let response = blocking(move || {
         let user = state.user(query.username())?;
         let path = resolve(query.path.as_deref().unwrap_or_default(), &user, &settings)?;
-        Opened::open(path)
+        Opened::open(path)?.respond(&headers)
     });
-    Ok(opened.await?.respond(&headers)?)
+    Ok(response.await?)
 }
 
 struct Opened {
@@ -167,8 +168,23 @@ impl Opened {
         response
             .headers_mut()
             .insert(header::CONTENT_LENGTH, part_len.into());
-        *response.body_mut() = Body::from_stream(self.contents(part.start, Some(part_len)));
+        *response.body_mut() = if part_len <= CHUNK as u64 {
+            // Most files are small: read at once, their answers are sent at once.
+            self.read(part)?.into()
+        } else {
+            Body::from_stream(self.contents(part.start, Some(part_len)))
+        };
         Ok(response)
+    }
+
+    /// A part that is small enough to be held in memory.
+    fn read(&self, part: Range<u64>) -> Result<Bytes, Error> {
+        // At most CHUNK.
+        let mut bytes = vec![0; (part.end - part.start) as usize];
+        self.file
+            .read_exact_at(&mut bytes, part.start)
+            .map_err(Error::io("read", &self.path))?;
+        Ok(bytes.into())
     }
 
     /// The bytes from `offset` on: `len` of them, or an error if there are fewer by now; or all

@@ -12,6 +12,7 @@ mod list;
 mod metadata;
 mod mode;
 mod path;
+mod remove;
 mod watch;
 
 use std::{
@@ -40,6 +41,7 @@ use crate::{
         RemoveWatcherResponse, StatRequest, StatResponse, WatchDirRequest, WatchDirResponse,
     },
 };
+use remove::remove_tree;
 use watch::{Registry, WatchOptions};
 
 /// The service.
@@ -295,28 +297,11 @@ fn remove(path: &Path) -> Result<(), Error> {
     if !has_name(path) {
         return Err(Error::Precious(path.to_owned()));
     }
-    let result = std::fs::symlink_metadata(path).and_then(|found| {
-        if found.is_dir() {
-            std::fs::remove_dir_all(path)
-        } else {
-            std::fs::remove_file(path)
-        }
-    });
-    match result {
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
-        {
-            Ok(())
-        }
-        result => result.map_err(|source| Error::Io {
-            attempt: "remove",
-            path: path.to_owned(),
-            source,
-        }),
-    }
+    remove_tree(path).map_err(|errno| Error::Io {
+        attempt: "remove",
+        path: path.to_owned(),
+        source: errno.into(),
+    })
 }
 
 /// Whether a path ends in a name, as that of something that can be removed does: `/` and whatever

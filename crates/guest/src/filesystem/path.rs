@@ -63,22 +63,25 @@ pub fn resolve(path: &str, user: &User, settings: &Settings) -> Result<PathBuf, 
 /// # Errors
 /// Whatever `stat`, `mkdir` and `chown` say; `ENOTDIR` if something else is in the way.
 pub fn ensure_directories(path: &Path, user: &User) -> io::Result<()> {
-    match std::fs::metadata(path) {
-        Ok(found) if found.is_dir() => return Ok(()),
-        Ok(_) => return Err(rustix::io::Errno::NOTDIR.into()),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Err(_) => {}
+    let mut missing = Vec::new();
+    for directory in path.ancestors() {
+        match std::fs::metadata(directory) {
+            Ok(found) if found.is_dir() => break,
+            Ok(_) => return Err(rustix::io::Errno::NOTDIR.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(directory),
+            Err(error) => return Err(error),
+        }
     }
-    if let Some(parent) = path.parent() {
-        ensure_directories(parent, user)?;
+    for directory in missing.into_iter().rev() {
+        match DirBuilder::new().mode(0o755).create(directory) {
+            Ok(()) => {}
+            // Somebody was faster; they may not have given it away yet.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => {}
+            Err(error) => return Err(error),
+        }
+        chown(directory, Some(user.uid), Some(user.gid))?;
     }
-    match DirBuilder::new().mode(0o755).create(path) {
-        Ok(()) => {}
-        // Somebody was faster; they may not have given it away yet.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error),
-    }
-    chown(path, Some(user.uid), Some(user.gid))
+    Ok(())
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{MAX_BATCH, MAX_EVENTS, MAX_WATCHES, Tree, WatchError};
-use crate::{blocking::blocking, proto::filesystem::FilesystemEvent};
+use crate::{blocking::blocking, fds, proto::filesystem::FilesystemEvent};
 
 /// The right to one watch, given back when dropped.
 pub(in crate::filesystem) type Slot = OwnedSemaphorePermit;
@@ -122,10 +122,9 @@ pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> 
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes a tree's descriptor one to wait for.
-pub(super) fn readable(tree: &Tree) -> Result<AsyncFd<Arc<OwnedFd>>, WatchError> {
-    // SAFETY: the descriptor is an open file for as long as the `Arc` in the result holds it, and
-    // always the same one.
-    unsafe { AsyncFd::register_with_interest(tree.descriptor(), Interest::READABLE) }
-        .map_err(|error| tree.io_error(error.into()))
+/// A descriptor that becomes readable with the tree.
+pub(super) fn readable(tree: &Tree) -> Result<AsyncFd<OwnedFd>, WatchError> {
+    tree.descriptor()
+        .and_then(|descriptor| fds::watch(descriptor, Interest::READABLE))
+        .map_err(|error| tree.io_error(error))
 }

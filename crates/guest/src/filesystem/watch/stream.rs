@@ -76,7 +76,7 @@ fn keepalive(headers: &HeaderMap) -> Duration {
 
 struct Follower {
     tree: Arc<Mutex<Tree>>,
-    descriptor: AsyncFd<Arc<OwnedFd>>,
+    descriptor: AsyncFd<OwnedFd>,
     events: VecDeque<FilesystemEvent>,
     started: bool,
     silence: Duration,

@@ -88,9 +88,9 @@ impl Tree {
         Ok(tree)
     }
 
-    /// The descriptor that becomes readable when there is something to read.
-    pub(super) fn descriptor(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.inotify)
+    /// A descriptor that becomes readable when there is something to read.
+    pub(super) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.inotify.try_clone()
     }
 
     /// Reads what the kernel has queued; true if that was all.
