@@ -1,0 +1,328 @@
+//! A proxy on a real listener, with sandboxes that are servers on this machine: the guest daemon
+//! behind HTTP/2, ports behind TCP, and all of it dying at once when a sandbox is killed.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "every test binary uses another part of this"
+)]
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use axum::{Router, body::Body, routing::get};
+use cubicle_ids::SandboxId;
+use cubicle_proxy::{
+    Availability, GuestIo, Proxy, Routes, SandboxRoute, SignedFile, Upstream, UpstreamError,
+    intercept,
+};
+use http::{Request, Response};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+/// One sandbox.
+pub struct Sandbox {
+    pub route: SandboxRoute,
+    pub signature: Option<SignedFile>,
+    ports: HashMap<u16, SocketAddr>,
+    envd: Router,
+    life: CancellationToken,
+}
+
+/// All sandboxes, as routing table and as the way into them.
+#[derive(Default)]
+pub struct World {
+    sandboxes: Mutex<HashMap<SandboxId, Sandbox>>,
+    pub connections: AtomicUsize,
+}
+
+impl World {
+    pub fn add(&self, envd: Router) -> SandboxId {
+        let id = SandboxId::generate();
+        let route = SandboxRoute {
+            generation: 1,
+            availability: Availability::Running,
+            traffic_token: None,
+            mask_request_host: None,
+        };
+        let sandbox = Sandbox {
+            route,
+            signature: None,
+            ports: HashMap::new(),
+            envd,
+            life: CancellationToken::new(),
+        };
+        self.sandboxes.lock().unwrap().insert(id.clone(), sandbox);
+        id
+    }
+
+    pub fn change(&self, id: &SandboxId, change: impl FnOnce(&mut Sandbox)) {
+        change(self.sandboxes.lock().unwrap().get_mut(id).unwrap());
+    }
+
+    pub fn open_port(&self, id: &SandboxId, port: u16, address: SocketAddr) {
+        self.change(id, |sandbox| {
+            sandbox.ports.insert(port, address);
+        });
+    }
+
+    /// The sandbox is gone, with every stream into it.
+    pub fn kill(&self, id: &SandboxId) {
+        let sandbox = self.sandboxes.lock().unwrap().remove(id).unwrap();
+        sandbox.life.cancel();
+    }
+
+    /// As after a rollback: the same sandbox in another life.
+    pub fn next_generation(&self, id: &SandboxId) {
+        self.change(id, |sandbox| {
+            std::mem::take(&mut sandbox.life).cancel();
+            sandbox.route.generation += 1;
+        });
+    }
+
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+}
+
+impl Routes for World {
+    fn lookup(&self, id: &SandboxId) -> Option<SandboxRoute> {
+        self.sandboxes
+            .lock()
+            .unwrap()
+            .get(id)
+            .map(|sandbox| sandbox.route.clone())
+    }
+
+    fn find_by_signature(&self, file: &SignedFile) -> Option<SandboxId> {
+        let sandboxes = self.sandboxes.lock().unwrap();
+        let found = sandboxes
+            .iter()
+            .find(|(_, sandbox)| sandbox.signature.as_ref() == Some(file));
+        found.map(|(id, _)| id.clone())
+    }
+}
+
+#[async_trait::async_trait]
+impl Upstream for World {
+    async fn request(
+        &self,
+        id: &SandboxId,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, UpstreamError> {
+        let (envd, life) = {
+            let sandboxes = self.sandboxes.lock().unwrap();
+            let sandbox = sandboxes
+                .get(id)
+                .ok_or_else(|| UpstreamError::NotFound(id.clone()))?;
+            (sandbox.envd.clone(), sandbox.life.clone())
+        };
+        let broken = |error: hyper::Error| UpstreamError::Unreachable {
+            id: id.clone(),
+            source: Box::new(error),
+        };
+        let (near, far) = tokio::io::duplex(64 << 10);
+        let far = TokioIo::new(Mortal::new(far, &life));
+        tokio::spawn(async move {
+            let service = TowerToHyperService::new(envd);
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            let _ = server.serve_connection(far, service).await;
+        });
+        let near = TokioIo::new(Mortal::new(near, &life));
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), near)
+                .await
+                .map_err(broken)?;
+        tokio::spawn(connection);
+        let (mut parts, body) = request.into_parts();
+        parts.headers.remove(http::header::HOST);
+        parts.version = http::Version::HTTP_2;
+        let path = parts.uri.path_and_query().unwrap().as_str();
+        parts.uri = format!("http://envd{path}").parse().unwrap();
+        let response = sender.send_request(Request::from_parts(parts, body)).await;
+        response
+            .map(|response| response.map(Body::new))
+            .map_err(broken)
+    }
+
+    async fn connect(&self, id: &SandboxId, port: u16) -> Result<Box<dyn GuestIo>, UpstreamError> {
+        let (address, life) = {
+            let sandboxes = self.sandboxes.lock().unwrap();
+            let sandbox = sandboxes
+                .get(id)
+                .ok_or_else(|| UpstreamError::NotFound(id.clone()))?;
+            (sandbox.ports.get(&port).copied(), sandbox.life.clone())
+        };
+        let closed = || UpstreamError::PortClosed {
+            id: id.clone(),
+            port,
+        };
+        let stream = TcpStream::connect(address.ok_or_else(closed)?)
+            .await
+            .map_err(|_| closed())?;
+        self.connections.fetch_add(1, Ordering::SeqCst);
+        Ok(Box::new(Mortal::new(stream, &life)))
+    }
+}
+
+/// A stream that fails when a sandbox dies, as streams over a channel do.
+struct Mortal<T> {
+    inner: T,
+    dead: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl<T> Mortal<T> {
+    fn new(inner: T, life: &CancellationToken) -> Self {
+        Self {
+            inner,
+            dead: Box::pin(life.clone().cancelled_owned()),
+        }
+    }
+
+    fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        match self.dead.as_mut().poll(context) {
+            Poll::Ready(()) => Err(io::ErrorKind::ConnectionReset.into()),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Mortal<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.check(context)?;
+        Pin::new(&mut self.inner).poll_read(context, buffer)
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Mortal<T> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.check(context)?;
+        Pin::new(&mut self.inner).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(context)
+    }
+}
+
+/// The proxy before an API of one route, on a listener.
+pub struct Front {
+    pub world: Arc<World>,
+    pub proxy: Proxy,
+    pub address: SocketAddr,
+    pub client: reqwest::Client,
+}
+
+impl Front {
+    pub async fn start() -> Self {
+        let world = Arc::new(World::default());
+        let proxy = Proxy::new(world.clone(), world.clone());
+        let api = Router::new()
+            .route("/sandboxes", get(|| async { "the API" }))
+            .layer(axum::middleware::from_fn_with_state(
+                proxy.clone(),
+                intercept,
+            ));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let service = api.into_make_service_with_connect_info::<SocketAddr>();
+        tokio::spawn(async move { axum::serve(listener, service).await });
+        let client = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()
+            .unwrap();
+        Self {
+            world,
+            proxy,
+            address,
+            client,
+        }
+    }
+
+    /// A request that names a port of a sandbox in the given way.
+    pub fn request(
+        &self,
+        method: http::Method,
+        way: Way,
+        id: &SandboxId,
+        port: u16,
+        path: &str,
+    ) -> reqwest::RequestBuilder {
+        let base = format!("http://{}", self.address);
+        match way {
+            Way::Headers => self
+                .client
+                .request(method, format!("{base}{path}"))
+                .header("E2b-Sandbox-Id", id.as_str())
+                .header("E2b-Sandbox-Port", port),
+            Way::Host => self
+                .client
+                .request(method, format!("{base}{path}"))
+                .header("Host", format!("{port}-{id}.sandboxes.example")),
+            Way::Path => self
+                .client
+                .request(method, format!("{base}/sandbox/{id}/{port}{path}")),
+        }
+    }
+
+    pub fn get(&self, way: Way, id: &SandboxId, port: u16, path: &str) -> reqwest::RequestBuilder {
+        self.request(http::Method::GET, way, id, port, path)
+    }
+
+    /// Waits until no request is under way any more.
+    pub async fn idle(&self) {
+        for _ in 0..500 {
+            if self.proxy.metrics().snapshot().active == 0 {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("{:?}", self.proxy.metrics().snapshot());
+    }
+}
+
+/// A way of naming a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Headers,
+    Host,
+    Path,
+}
+
+pub const WAYS: [Way; 3] = [Way::Headers, Way::Host, Way::Path];
+
+/// Serves a router on a port of this machine.
+pub async fn serve(router: Router) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    address
+}
