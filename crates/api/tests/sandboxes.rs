@@ -11,6 +11,7 @@ use http::{Method, Request};
 use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+#[allow(clippy::expect_used, reason = "a helper of tests may panic")]
 fn at(value: &Value) -> OffsetDateTime {
     OffsetDateTime::parse(value.as_str().expect("a time"), &Rfc3339).expect("RFC 3339")
 }
