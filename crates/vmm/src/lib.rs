@@ -28,6 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 pub mod cgroup;
 mod confine;
 pub mod error;
+pub mod fake;
 mod jail;
 mod maps;
 mod output;
