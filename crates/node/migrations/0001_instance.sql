@@ -24,3 +24,11 @@ CREATE TABLE instance (
     running_at  INTEGER,
     PRIMARY KEY (sandbox, generation)
 ) STRICT, WITHOUT ROWID;
+
+-- Template builds under way. The snapshot that one publishes is nobody's until the build has ended
+-- well, which is when its row is deleted; after a crash it is deleted with the row.
+CREATE TABLE build (
+    snapshot    TEXT    NOT NULL PRIMARY KEY,
+    -- Unix time in milliseconds.
+    started_at  INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;

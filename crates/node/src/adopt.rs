@@ -7,7 +7,7 @@
 use std::{collections::HashSet, sync::Arc};
 
 use cubicle_ids::SandboxId;
-use cubicle_vmm::Vm;
+use cubicle_vmm::{Vm, VmRecord};
 use futures::{StreamExt as _, stream};
 
 use crate::{
@@ -26,8 +26,8 @@ const CONCURRENCY: usize = 32;
 
 /// What became of one row.
 enum Fate {
-    /// It goes on, in a process with this pid.
-    Adopted(Arc<Sandbox>, i32),
+    /// It goes on, in this VM.
+    Adopted(Arc<Sandbox>, VmRecord),
     /// It was running and is gone.
     Lost(SandboxId, String),
     /// It had not been handed out, or was being removed.
@@ -55,12 +55,12 @@ pub(crate) async fn adopt(node: &Arc<Inner>) -> Result<AdoptionReport> {
         .buffer_unordered(CONCURRENCY)
         .collect()
         .await;
-    let mut known = Vec::new();
+    let mut kept = Vec::new();
     for fate in fates {
         match fate {
-            Fate::Adopted(sandbox, pid) => {
+            Fate::Adopted(sandbox, record) => {
                 report.adopted.push(sandbox.id().clone());
-                known.push(pid);
+                kept.push(record);
             }
             Fate::Lost(id, reason) => {
                 tracing::warn!(sandbox = %id, reason, "a sandbox did not survive");
@@ -69,7 +69,12 @@ pub(crate) async fn adopt(node: &Arc<Inner>) -> Result<AdoptionReport> {
             Fate::Unfinished(id) => report.unfinished.push(id),
         }
     }
-    sweep(node, known, &mut report).await?;
+    sweep(node, &kept, &mut report).await?;
+    for snapshot in node.journal.builds().await? {
+        node.delete_snapshot(&snapshot).await?;
+        node.journal.end_build(&snapshot).await?;
+        report.unfinished_builds.push(snapshot);
+    }
     Ok(report)
 }
 
@@ -91,12 +96,12 @@ async fn settle(node: &Arc<Inner>, row: Row) -> Fate {
     let taken = take_over(node, &row, &mut held).await;
     match taken {
         Ok(Some(live)) => {
-            let pid = live.vm.record().pid;
+            let record = live.vm.record();
             node.registry.adopt(sandbox.clone());
             sandbox.set_running(&live);
             node.tasks
                 .spawn(own_adopted(node.clone(), sandbox.clone(), live, held));
-            Fate::Adopted(sandbox, pid)
+            Fate::Adopted(sandbox, record)
         }
         not_taken => {
             // Awaited, so that nothing of it is left when the node is open.
@@ -145,22 +150,20 @@ async fn take_over(node: &Arc<Inner>, row: &Row, held: &mut Holdings) -> Result<
     Ok(Some(Arc::new(Live { vm, link })))
 }
 
-/// Removes what no row named. `known` are the processes of the sandboxes that go on.
-async fn sweep(node: &Arc<Inner>, known: Vec<i32>, report: &mut AdoptionReport) -> Result<()> {
+/// Removes what no row named. `kept` are the VMs of the sandboxes that go on.
+async fn sweep(node: &Arc<Inner>, kept: &[VmRecord], report: &mut AdoptionReport) -> Result<()> {
     // What could not be removed yet is in the registry, too, and has its owner.
-    let owned: Vec<_> = node
-        .registry
-        .all()
+    let owned = node.registry.all();
+    let run_dirs: HashSet<_> = owned
         .iter()
-        .map(|sandbox| sandbox.key().clone())
+        .map(|sandbox| node.vm_run_dir(sandbox.key()))
         .collect();
-    let vms = node.vms_dir();
-    let run_dirs: HashSet<_> = owned.iter().map(|key| node.vm_run_dir(key)).collect();
     let lives: HashSet<_> = owned
-        .into_iter()
-        .map(|key| (key.sandbox, key.generation))
+        .iter()
+        .map(|sandbox| (sandbox.id().clone(), sandbox.key().generation))
         .collect();
-    let store = node.store.clone();
+    let kept: Vec<i32> = kept.iter().map(|record| record.pid).collect();
+    let (store, vms) = (node.store.clone(), node.vms_dir());
     let swept = blocking(move || {
         let mut left = Vec::new();
         for entry in std::fs::read_dir(&vms).map_err(Error::io("list", &vms))? {
@@ -172,17 +175,16 @@ async fn sweep(node: &Arc<Inner>, known: Vec<i32>, report: &mut AdoptionReport) 
         // Processes first: they use the rest.
         let sandboxes = left
             .iter()
-            .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()));
-        let processes = strays::kill_strays(&sandboxes.collect(), &known)?;
-        for path in &left {
-            std::fs::remove_dir_all(path).map_err(Error::io("remove", path))?;
+            .filter_map(|dir| Some(dir.file_stem()?.to_str()?.to_owned()));
+        let vms = strays::kill_strays(&sandboxes.collect(), &kept)?;
+        for dir in &left {
+            std::fs::remove_dir_all(dir).map_err(Error::io("remove", dir))?;
         }
-        let volumes = store.retain_volumes(&lives)?.len();
-        Ok((processes, left.len(), volumes))
+        Ok((vms, left.len(), store.retain_volumes(&lives)?.len()))
     })
     .await?;
     (
-        report.swept_processes,
+        report.swept_vms,
         report.swept_run_dirs,
         report.swept_volumes,
     ) = swept;

@@ -5,7 +5,6 @@ use std::{sync::Arc, time::Instant};
 use cubicle_cow::Snapshot;
 use cubicle_protocol::guest_api::InitRequest;
 use futures::FutureExt as _;
-use time::OffsetDateTime;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -13,7 +12,7 @@ use crate::{
     error::{Error, Result},
     facts::{CreateSandbox, Created, Shape},
     holdings::Holdings,
-    journal::Key,
+    journal::{self, Key},
     link::Identity,
     node::Inner,
     restore::{Restore, restore},
@@ -37,7 +36,7 @@ pub(crate) async fn create(node: &Arc<Inner>, order: CreateSandbox) -> Result<Cr
         key,
         order.snapshot.clone(),
         shape,
-        OffsetDateTime::now_utc(),
+        journal::now(),
     ));
     node.registry.admit(sandbox.clone())?;
 
@@ -81,9 +80,7 @@ async fn make(
     check_stop(sandbox.id(), stop)?;
     let committing = Instant::now();
     node.failpoints.pass("create/commit").await?;
-    node.journal
-        .running(sandbox.key(), OffsetDateTime::now_utc())
-        .await?;
+    node.journal.running(sandbox.key(), journal::now()).await?;
     timings.journal += committing.elapsed();
     timings.total = begun.elapsed();
     tracing::info!(sandbox = %sandbox.id(), snapshot = %snapshot.id(), %timings, "created");

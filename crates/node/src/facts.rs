@@ -169,9 +169,12 @@ pub struct AdoptionReport {
     pub lost: Vec<(SandboxId, String)>,
     /// Sandboxes that had not been handed out yet, or were being removed: cleaned up.
     pub unfinished: Vec<SandboxId>,
-    /// VM processes that no row of the journal named: killed.
-    pub swept_processes: usize,
-    /// Run directories that no sandbox owned: removed.
+    /// Template builds that had not ended: undone. These are the snapshots that they would have
+    /// become.
+    pub unfinished_builds: Vec<SnapshotId>,
+    /// VMs that no row of the journal named: killed.
+    pub swept_vms: usize,
+    /// Run directories of VMs that no sandbox owned: removed.
     pub swept_run_dirs: usize,
     /// Volumes that no sandbox owned: removed.
     pub swept_volumes: usize,

@@ -22,6 +22,7 @@ use cubicle_vmm::{Disk, GuestMemory, Vm};
 use crate::{
     error::{Error, Result},
     node::{Inner, blocking},
+    sandbox::contained,
 };
 
 /// What becomes of the VM after the freeze.
@@ -103,12 +104,12 @@ pub(crate) async fn freeze(
 
     let draft = Arc::new(draft);
     let begun = Instant::now();
-    let captured = async {
+    let captured = contained(id, async {
         node.failpoints.pass("freeze/pause").await?;
         vm.pause().await?;
         timings.pause = begun.elapsed();
-        hold(node, vm, disks, &draft, memory, &mut timings).await
-    }
+        hold(node, id, vm, disks, &draft, memory, &mut timings).await
+    })
     .await;
     if captured.is_err() || after == After::Resume {
         let resumed = vm.resume().await;
@@ -148,24 +149,28 @@ pub(crate) async fn freeze(
 /// What happens while the VM stands still: three copies at once.
 async fn hold(
     node: &Inner,
+    id: &SandboxId,
     vm: &Arc<dyn Vm>,
     disks: &[Disk],
     draft: &Arc<Draft>,
     memory: Source,
     timings: &mut FreezeTimings,
 ) -> Result<Dirty> {
-    async fn timed<T>(work: impl Future<Output = Result<T>>) -> (Result<T>, Duration) {
+    async fn timed<T>(
+        id: &SandboxId,
+        work: impl Future<Output = Result<T>>,
+    ) -> (Result<T>, Duration) {
         let begun = Instant::now();
-        let done = work.await;
+        let done = contained(id, work).await;
         (done, begun.elapsed())
     }
     let paths: Vec<PathBuf> = disks.iter().map(|disk| disk.path.clone()).collect();
     let (device, disks, memory) = tokio::join!(
-        timed(async {
+        timed(id, async {
             node.failpoints.pass("freeze/device").await?;
             Ok(vm.save_device_state(&draft.device_state()).await?)
         }),
-        timed(async {
+        timed(id, async {
             node.failpoints.pass("freeze/disks").await?;
             let draft = draft.clone();
             blocking(move || {
@@ -176,7 +181,7 @@ async fn hold(
             })
             .await
         }),
-        timed(async {
+        timed(id, async {
             node.failpoints.pass("freeze/memory").await?;
             blocking(move || Ok(capture(&memory, Buffer::new())?)).await
         }),

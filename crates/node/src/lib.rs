@@ -38,6 +38,10 @@ mod sandbox;
 mod slots;
 mod strays;
 mod template;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use config::{Deadlines, GuestDefaults, NodeConfig, NodeLimits};
 pub use error::{Error, Result};

@@ -7,7 +7,7 @@ use std::{
 };
 
 use cubicle_cow::Store;
-use cubicle_ids::SandboxId;
+use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_net::SlotPool;
 use cubicle_protocol::guest_api::LogEntry;
 use cubicle_vmm::{Hypervisor, VmUsage};
@@ -45,7 +45,7 @@ const JOURNAL: &str = "node.db";
 /// The owner of every VM, slot and volume on one machine. Cheap to clone.
 #[derive(Clone)]
 pub struct Node {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 /// What the node is made of; shared by all its tasks.
@@ -327,6 +327,14 @@ impl Inner {
     /// Where all VMs have their run directories.
     pub(crate) fn vms_dir(&self) -> PathBuf {
         self.config.run_dir.join("vms")
+    }
+
+    /// Deletes a snapshot, if there is one.
+    pub(crate) async fn delete_snapshot(&self, id: &SnapshotId) -> Result<()> {
+        match self.store.delete(id).await {
+            Err(cubicle_cow::Error::NotFound(_)) => Ok(()),
+            outcome => Ok(outcome?),
+        }
     }
 
     /// Removes the volumes of an instance, if it has any.

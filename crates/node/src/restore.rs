@@ -17,7 +17,7 @@ use crate::{
     journal::{self, Key},
     link::{Identity, Link},
     node::{Inner, blocking},
-    sandbox::{Live, check_stop, unless_stopped},
+    sandbox::{Live, check_stop, contained, unless_stopped},
 };
 
 /// In a manifest's options of the VM: [`cubicle_vmm::Hypervisor::machine`].
@@ -63,8 +63,8 @@ pub(crate) async fn restore(
         ..
     } = held;
     let (intent, slot, disks) = tokio::join!(
-        announce(node, &order, journaled),
-        async {
+        contained(id, announce(node, &order, journaled)),
+        contained(id, async {
             let begun = Instant::now();
             node.failpoints.pass("create/slot").await?;
             let slot = slot.insert(node.slots.acquire().await?);
@@ -73,17 +73,17 @@ pub(crate) async fn restore(
                 slot.set_egress(egress).await?;
             }
             timings.slot = begun.elapsed();
-            Ok::<_, Error>((slot.index(), slot.attach()?))
-        }
+            Ok((slot.index(), slot.attach()?))
+        })
         .instrument(tracing::debug_span!("slot")),
-        async {
+        contained(id, async {
             let begun = Instant::now();
             node.failpoints.pass("create/volume").await?;
             *volumes = true;
             let disks = clone_disks(node, &order.key, order.snapshot).await?;
             timings.volume = begun.elapsed();
-            Ok::<_, Error>(disks)
-        }
+            Ok(disks)
+        })
         .instrument(tracing::debug_span!("volume")),
     );
     intent?;
@@ -124,14 +124,17 @@ pub(crate) async fn restore(
     // The journal has the VM before the sandbox is handed out; until then the sweep would find it.
     let record = vm.record();
     let (recorded, opened) = tokio::join!(
-        async {
+        contained(id, async {
             node.failpoints.pass("create/record").await?;
             node.journal.started(&order.key, index, &record).await
-        },
-        unless_stopped(id, stop, async {
-            node.failpoints.pass("create/channel").await?;
-            Link::open(vm.clone(), id, order.identity, node.config.deadlines.answer).await
-        })
+        }),
+        contained(
+            id,
+            unless_stopped(id, stop, async {
+                node.failpoints.pass("create/channel").await?;
+                Link::open(vm.clone(), id, order.identity, node.config.deadlines.answer).await
+            })
+        )
         .instrument(tracing::debug_span!("channel")),
     );
     recorded?;

@@ -290,6 +290,22 @@ pub(crate) async fn unless_stopped<T>(
         .unwrap_or_else(|| Err(Error::Killed { id: id.clone() }))
 }
 
+/// Runs `step` and makes a panic in it an error, so that what runs beside it is seen through, too.
+pub(crate) async fn contained<T>(
+    id: &SandboxId,
+    step: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    AssertUnwindSafe(step)
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| {
+            Err(Error::Panic {
+                id: id.clone(),
+                message: panic_message(panic.as_ref()),
+            })
+        })
+}
+
 /// For use between steps that must not be cut short.
 pub(crate) fn check_stop(id: &SandboxId, stop: &CancellationToken) -> Result<()> {
     if stop.is_cancelled() {

@@ -6,8 +6,6 @@
 //! and leaves its memory image in the host's page cache.
 
 use std::{
-    any::Any,
-    panic::AssertUnwindSafe,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -19,8 +17,6 @@ use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe, Step};
 use cubicle_net::EgressPolicy;
 use cubicle_protocol::guest_api::InitRequest;
 use cubicle_vmm::{Boot, Disk, VM_UID_BASE, Vm, VmSpec};
-use futures::FutureExt as _;
-use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -34,7 +30,7 @@ use crate::{
     link::{Identity, Link},
     node::{Inner, blocking},
     restore::{MACHINE, Restore, restore},
-    sandbox::{check_stop, panic_message, unless_stopped},
+    sandbox::{check_stop, contained, unless_stopped},
 };
 
 /// Host name while there is no sandbox yet.
@@ -197,59 +193,51 @@ struct Booted {
 impl Builder {
     async fn run(self) -> Result<BuiltTemplate> {
         let image = self.image().await?;
-        let booted_key = Key {
+        let snapshot = &self.build.snapshot;
+        if self.node.store.entry(snapshot).is_some() {
+            return Err(cubicle_cow::Error::Exists(snapshot.clone()).into());
+        }
+        self.node.journal.begin_build(snapshot).await?;
+        let built = contained(&self.id, self.build_and_prove(&image)).await;
+        // Whatever was published by a build that failed is no snapshot.
+        if built.is_err()
+            && let Err(error) = self.node.delete_snapshot(snapshot).await
+        {
+            tracing::error!(%snapshot, %error, "an unusable snapshot stays until the next start");
+            return built;
+        }
+        let ended = self.node.journal.end_build(snapshot).await;
+        built.and_then(|built| ended.map(|()| built))
+    }
+
+    async fn build_and_prove(&self, image: &TemplateImage) -> Result<BuiltTemplate> {
+        let key = Key {
             sandbox: self.id.clone(),
             generation: 1,
         };
         let mut held = Holdings::default();
-        let frozen = AssertUnwindSafe(self.boot_and_freeze(&booted_key, &image, &mut held));
-        let frozen = frozen.catch_unwind().await;
-        let (snapshot, mut built) = self.give_back(&booted_key, held, frozen).await?;
+        let frozen = contained(&self.id, self.boot_and_freeze(&key, image, &mut held)).await;
+        let (snapshot, mut built) = self.give_back(&key, held, frozen).await?;
 
         self.progress
             .message(TemplateBuild::PROOF, "restoring the snapshot");
-        let proof_key = Key {
+        let key = Key {
             sandbox: self.id.clone(),
             generation: 2,
         };
         let mut held = Holdings::default();
-        let proof = AssertUnwindSafe(self.prove(&proof_key, &snapshot, &mut held));
-        let proof = proof.catch_unwind().await;
-        match self.give_back(&proof_key, held, proof).await {
-            Ok(proof) => {
-                self.progress.done(
-                    TemplateBuild::PROOF,
-                    format!("restored in {:.0?}", proof.total),
-                );
-                built.proof = proof;
-                tracing::info!(snapshot = %snapshot.id(), freeze = %built.freeze, %proof, "built a template");
-                Ok(built)
-            }
-            Err(error) => {
-                // What cannot be restored is no snapshot.
-                if let Err(error) = self.node.store.delete(snapshot.id()).await {
-                    tracing::error!(snapshot = %snapshot.id(), %error, "an unusable snapshot stays");
-                }
-                Err(error)
-            }
-        }
+        let proof = contained(&self.id, self.prove(&key, &snapshot, &mut held)).await;
+        built.proof = self.give_back(&key, held, proof).await?;
+        let took = format!("restored in {:.0?}", built.proof.total);
+        self.progress.done(TemplateBuild::PROOF, took);
+        let (freeze, proof) = (&built.freeze, &built.proof);
+        tracing::info!(snapshot = %snapshot.id(), %freeze, %proof, "built a template");
+        Ok(built)
     }
 
-    /// Gives back what work left in its holdings, whether it succeeded, failed or panicked;
-    /// returns what came of it.
-    async fn give_back<T>(
-        &self,
-        key: &Key,
-        mut held: Holdings,
-        done: Result<Result<T>, Box<dyn Any + Send>>,
-    ) -> Result<T> {
-        let done = done.unwrap_or_else(|panic| {
-            let message = panic_message(panic.as_ref());
-            Err(Error::Panic {
-                id: key.sandbox.clone(),
-                message,
-            })
-        });
+    /// Gives back what work left in its holdings, whether it succeeded or failed; returns what
+    /// came of it.
+    async fn give_back<T>(&self, key: &Key, mut held: Holdings, done: Result<T>) -> Result<T> {
         for attempt in 1.. {
             let Err(error) = held.release(&self.node, key).await else {
                 break;
@@ -386,7 +374,7 @@ impl Builder {
             slot: None,
             vm: None,
             identity: init.clone(),
-            created_at: OffsetDateTime::now_utc(),
+            created_at: journal::now(),
             running_at: None,
         };
         node.journal.begin(&row).await?;
@@ -510,7 +498,7 @@ impl Builder {
             identity,
             egress: Some(EgressPolicy::deny_all()),
             limits: None,
-            started_at: OffsetDateTime::now_utc(),
+            started_at: journal::now(),
         };
         let restored = restore(&self.node, order, held, &self.stop).await?;
         let total = begun.elapsed();

@@ -209,6 +209,40 @@ impl Journal {
         Ok(())
     }
 
+    /// Writes down that a template build begins, which may publish `snapshot`.
+    pub(crate) async fn begin_build(&self, snapshot: &SnapshotId) -> Result<()> {
+        sqlx::query("INSERT INTO build (snapshot, started_at) VALUES (?, ?)")
+            .bind(snapshot.as_str())
+            .bind(millis(now()))
+            .execute(&self.pool)
+            .await
+            .map_err(attempting("announce a template build"))?;
+        Ok(())
+    }
+
+    /// Forgets a build: its snapshot is somebody's now, or gone.
+    pub(crate) async fn end_build(&self, snapshot: &SnapshotId) -> Result<()> {
+        sqlx::query("DELETE FROM build WHERE snapshot = ?")
+            .bind(snapshot.as_str())
+            .execute(&self.pool)
+            .await
+            .map_err(attempting("end a template build"))?;
+        Ok(())
+    }
+
+    /// Snapshots of builds that have not ended.
+    pub(crate) async fn builds(&self) -> Result<Vec<SnapshotId>> {
+        let snapshots: Vec<String> = sqlx::query_scalar("SELECT snapshot FROM build")
+            .fetch_all(&self.pool)
+            .await
+            .map_err(attempting("list the template builds"))?;
+        // Only ids were ever written.
+        Ok(snapshots
+            .iter()
+            .filter_map(|snapshot| snapshot.parse().ok())
+            .collect())
+    }
+
     /// Closes the database; what was written is in the file then.
     pub(crate) async fn close(&self) {
         self.pool.close().await;
@@ -232,6 +266,12 @@ impl Journal {
             })
         }
     }
+}
+
+/// The wall clock, as exact as the journal keeps it.
+pub(crate) fn now() -> OffsetDateTime {
+    let now = OffsetDateTime::now_utc();
+    now.replace_millisecond(now.millisecond()).unwrap_or(now)
 }
 
 fn attempting(attempt: &'static str) -> impl Fn(sqlx::Error) -> Error {
