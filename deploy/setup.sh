@@ -27,6 +27,7 @@ readonly RUN_PROGRAMS=(
     nft:nftables
     ip:iproute2
     losetup:mount
+    pgrep:procps
     unshare:util-linux
     cc:build-essential
     pkg-config:pkg-config

@@ -40,7 +40,8 @@ while read -r pid uid program; do
     fi
 done < <(ps -eo pid=,uid=,comm=)
 
-# Everything mounted below the directories; the last mounted goes first. A slot's links go with its network namespace.
+# Everything mounted below the directories, the last mounted first. A slot's links go with its network
+# namespace.
 mounts() {
     findmnt --noheadings --raw --output TARGET |
         awk -v data="$DATA_DIR/" -v run="$RUN_DIR/" 'index($0, data) == 1 || index($0, run) == 1'

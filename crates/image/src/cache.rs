@@ -27,6 +27,8 @@ impl Cache {
     pub(crate) fn open(root: &Path, kind: &str) -> Result<Cache> {
         let directory = root.join(kind);
         fs_err::create_dir_all(&directory).during("make the image directory")?;
+        // Paths into it must hold wherever they are used.
+        let directory = fs_err::canonicalize(directory).during("find the image directory")?;
         Ok(Cache { directory })
     }
 

@@ -1,7 +1,7 @@
 //! Real kernel packages and a real bootstrap, from the package mirror of this machine.
 //!
 //! What they make stays in a cache, so that they cost time only once:
-//! `CUBICLE_TEST_CACHE`, or else `target/cubicle-test-images`.
+//! `CUBICLE_TEST_IMAGES`, or else `target/cubicle-test-images`.
 
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
@@ -18,7 +18,7 @@ use cubicle_image::{
 };
 
 fn cache() -> PathBuf {
-    let directory = std::env::var_os("CUBICLE_TEST_CACHE").map_or_else(
+    let directory = std::env::var_os("CUBICLE_TEST_IMAGES").map_or_else(
         || Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("cubicle-test-images"),
         PathBuf::from,
     );
