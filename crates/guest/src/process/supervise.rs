@@ -132,7 +132,9 @@ pub(super) async fn supervise(
     while !readers.0.is_empty() {
         tokio::select! {
             biased;
-            Some((source, bytes)) = readers.read() => {
+            read = readers.read() => {
+                // Matched here and not above: a refused pattern would wait for the other branch.
+                let Some((source, bytes)) = read else { break };
                 owed = owed.saturating_sub(bytes.len() as u64);
                 process.output.push(source, bytes);
                 if owed == 0 && Instant::now() >= until {
@@ -142,7 +144,6 @@ pub(super) async fn supervise(
                 process.output.room().await;
             }
             () = passed(Some(until)), if owed == 0 => break,
-            else => break,
         }
     }
 
