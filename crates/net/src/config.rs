@@ -114,6 +114,28 @@ impl Default for PoolConfig {
 }
 
 impl PoolConfig {
+    /// The default for a pool of this name, with a subnet that follows from the name: pools of
+    /// different names can very likely live on one host. The default name has the default subnet.
+    #[must_use]
+    pub fn named(name: PoolName) -> Self {
+        let default = Self::default();
+        if name == default.name {
+            return default;
+        }
+        // FNV-1a: the same on every machine and in every version, as adoption needs.
+        let hash = name.as_str().bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+        });
+        // One of 10.128.0.0/16 to 10.232.0.0/16.
+        let second = 128 + (hash % 105) as u8;
+        let subnet = Ipv4Net::new_assert(Ipv4Addr::new(10, second, 0, 0), 16);
+        Self {
+            name,
+            subnet,
+            ..default
+        }
+    }
+
     /// Everything that is always denied.
     pub(crate) fn always_denied(&self) -> Vec<Ipv4Net> {
         let guests = Ipv4Net::new_assert(GUEST_ADDRESS, GUEST_PREFIX_LEN);
@@ -198,6 +220,15 @@ mod tests {
         for bad in ["", "Cube", "1cube", "cube-", "abcdefghij", "cüb"] {
             assert!(bad.parse::<PoolName>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_named_pool_has_a_subnet_of_its_own_each_time() {
+        let subnet = |name: &str| PoolConfig::named(name.parse().unwrap()).subnet.to_string();
+        assert_eq!(subnet("cubicle"), "10.233.0.0/16");
+        assert_eq!(subnet("a"), "10.168.0.0/16");
+        assert_eq!(subnet("b"), "10.225.0.0/16");
+        PoolConfig::named("b".parse().unwrap()).check().unwrap();
     }
 
     #[test]

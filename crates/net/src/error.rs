@@ -1,6 +1,8 @@
 //! What can go wrong with a slot, and for whom.
 
-use std::{io, net::Ipv4Addr, path::PathBuf};
+use std::{io, path::PathBuf};
+
+use ipnet::Ipv4Net;
 
 use crate::SlotIndex;
 
@@ -26,6 +28,19 @@ pub enum Error {
         interface: String,
         /// Run directory of the other pool.
         owner: String,
+    },
+    /// Another interface of the host has a route into the slots' subnet.
+    #[error(
+        "the subnet {subnet} of the network slots is in use: {taken} is reached through {interface}; \
+         choose a private subnet that nothing else on this host uses"
+    )]
+    SubnetTaken {
+        /// The configured subnet.
+        subnet: Ipv4Net,
+        /// The part of it that is taken.
+        taken: Ipv4Net,
+        /// Name of the interface.
+        interface: String,
     },
     /// The kernel refused a request to change or to read links, addresses, routes, rules or
     /// connections.
@@ -92,12 +107,6 @@ pub enum Error {
         index: SlotIndex,
         /// The interface that is gone.
         interface: String,
-    },
-    /// An address is not in the configured subnet.
-    #[error("{address} is not an address of any slot")]
-    NoSuchAddress {
-        /// The address.
-        address: Ipv4Addr,
     },
     /// A thread that worked inside a namespace ended without an answer.
     #[error("the thread that was to {action} died")]

@@ -5,7 +5,12 @@
 //! uplinks, those with a default route, and the host-wide `net.ipv4.ip_forward` is left alone.
 //! An uplink where it was off gets a fence in the host's rules.
 
-use crate::{PoolName, Result, links, netlink::Route, sysctl};
+use crate::{
+    PoolName, Result,
+    links::{self, Destination},
+    netlink::Route,
+    sysctl,
+};
 
 /// The host-wide switch, as the kernel's `all` pseudo-interface.
 const EVERYWHERE: &str = "ipv4/conf/all/forwarding";
@@ -29,7 +34,11 @@ pub(crate) struct Plan {
 /// this pool has switched on.
 pub(crate) fn plan(route: &mut Route, name: &PoolName, ours: &[String]) -> Result<Plan> {
     let interfaces = links::list(route)?;
-    let uplinks = links::default_routes(route)?;
+    let uplinks: Vec<u32> = links::routes(route)?
+        .into_iter()
+        .filter(Destination::is_default)
+        .flat_map(|destination| destination.interfaces)
+        .collect();
     let host_forwards = sysctl::is_on(EVERYWHERE)?;
     let mut plan = Plan {
         has_uplink: !uplinks.is_empty(),

@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
+use ipnet::Ipv4Net;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -146,6 +147,50 @@ pub(crate) fn configure(route: &mut Route, index: u32, settings: &Settings<'_>) 
         .map_err(Error::kernel(format!("configure interface number {index}")))
 }
 
+/// Waits for the kernel to put an interface that is switched on and connected to use. After the
+/// other end of a pair was switched on it does so in the background, at its leisure, and drops
+/// what is sent until then; asking for the state of the link makes it do so at once.
+pub(crate) fn settle(route: &Route, name: &str) -> Result<()> {
+    /// `struct ethtool_value` of `linux/ethtool.h`.
+    #[repr(C)]
+    struct Question {
+        command: u32,
+        answer: u32,
+    }
+    /// `ETHTOOL_GLINK`.
+    const LINK_STATE: u32 = 0x0a;
+    let mut question = Question {
+        command: LINK_STATE,
+        answer: 0,
+    };
+    // SAFETY: all zeroes are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = (&raw mut question).cast();
+    // SAFETY: the descriptor is open; request and question live until the call returns, and this
+    // question's answer is four bytes.
+    let result = unsafe {
+        libc::ioctl(
+            route.as_fd().as_raw_fd(),
+            libc::SIOCETHTOOL as _,
+            &raw mut request,
+        )
+    };
+    if result != 0 {
+        let action = format!("look up the state of the interface {name}");
+        return Err(Error::system(action)(io::Error::last_os_error()));
+    }
+    if question.answer == 0 {
+        let action = format!("connect the interface {name}");
+        return Err(Error::system(action)(io::Error::from(
+            io::ErrorKind::NotConnected,
+        )));
+    }
+    Ok(())
+}
+
 /// Removes the interface `name` and with it, if it is one of a pair, the other. `false`: there is
 /// none.
 pub(crate) fn delete(route: &mut Route, name: &str) -> Result<bool> {
@@ -250,27 +295,51 @@ pub(crate) fn add_neighbour(
         .map_err(Error::kernel(format!("add the neighbour {address}")))
 }
 
-/// Numbers of the interfaces that have a default route for IPv4.
-pub(crate) fn default_routes(route: &mut Route) -> Result<Vec<u32>> {
+/// Where packets for a range of addresses go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Destination {
+    pub(crate) net: Ipv4Net,
+    /// Numbers of the interfaces by which they leave.
+    pub(crate) interfaces: Vec<u32>,
+}
+
+impl Destination {
+    pub(crate) fn is_default(&self) -> bool {
+        self.net.prefix_len() == 0
+    }
+}
+
+/// The host's routes for IPv4 to other machines.
+pub(crate) fn routes(route: &mut Route) -> Result<Vec<Destination>> {
     let mut filter = RouteMessage::default();
     filter.header.address_family = AddressFamily::Inet;
     let routes = route
         .dump(RouteNetlinkMessage::GetRoute(filter), 0)
         .map_err(Error::kernel("list routes"))?;
-    let mut found: Vec<u32> = routes
+    Ok(routes
         .into_iter()
         .filter_map(|message| match message {
-            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            RouteNetlinkMessage::NewRoute(route) => destination(route),
             _ => None,
         })
-        .filter(|route| {
-            route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
-        })
-        .flat_map(|route| route.attributes.into_iter().flat_map(outputs))
-        .collect();
-    found.sort_unstable();
-    found.dedup();
-    Ok(found)
+        .collect())
+}
+
+fn destination(route: RouteMessage) -> Option<Destination> {
+    if route.header.kind != RouteType::Unicast {
+        return None;
+    }
+    let address = route
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
+            _ => None,
+        });
+    let prefix_len = route.header.destination_prefix_length;
+    let net = Ipv4Net::new(address.unwrap_or(Ipv4Addr::UNSPECIFIED), prefix_len).ok()?;
+    let interfaces = route.attributes.into_iter().flat_map(outputs).collect();
+    Some(Destination { net, interfaces })
 }
 
 fn outputs(attribute: RouteAttribute) -> Vec<u32> {

@@ -10,11 +10,12 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use tokio::{
     sync::{Notify, oneshot},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
     Error, PoolConfig, Result, Slot, SlotIndex, SweepReport, firewall, forwarding, links,
+    netlink::Route,
     netns::Netns,
     numbers::Numbers,
     provision::{self, Parts, lock},
@@ -26,6 +27,9 @@ use crate::{
 const PARALLEL: usize = 4;
 /// How long the pool waits after it could not make a slot before it tries again.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
+
+/// How long a pool that opens waits for another process to let go of the run directory.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How many slots are where.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -116,7 +120,7 @@ impl SlotPool {
         config.check()?;
         let dir = config.netns_dir();
         fs::create_dir_all(&dir).map_err(Error::file("create the directory", &dir))?;
-        let lock = take_lock(&config)?;
+        let lock = take_lock(&config).await?;
         let host = Netns::current()?;
         let report = sweep::sweep(config.clone(), host.clone()).await?;
         let fenced_uplinks = {
@@ -550,22 +554,32 @@ async fn upkeep(pool: Weak<Shared>, wake: Arc<Notify>) {
     }
 }
 
-fn take_lock(config: &PoolConfig) -> Result<File> {
+/// Locks the run directory. A process that was just killed may have started a program that has
+/// not closed its copy of the lock yet, so a lock that is held is tried for a while.
+async fn take_lock(config: &PoolConfig) -> Result<File> {
     let path = config.run_dir.join("netns.lock");
     let file = File::create(&path).map_err(Error::file("create", &path))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse { lock: path }),
-        Err(error) => Err(Error::file("lock", path)(error)),
+    let give_up = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < give_up => {
+                sleep(LOCK_PATIENCE / 20).await;
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::InUse { lock: path }),
+            Err(error) => return Err(Error::file("lock", path)(error)),
+        }
     }
 }
 
 /// Puts the host's rules in place and lets its uplinks forward; returns those that did not.
 fn prepare_host(config: &PoolConfig) -> Result<Vec<String>> {
+    let mut route = links::open()?;
+    check_subnet(config, &mut route)?;
     let mut netfilter = provision::open_netfilter()?;
     let ours = firewall::host::fenced_uplinks(&mut netfilter, &config.name)
         .map_err(Error::kernel("read the host's rules"))?;
-    let plan = forwarding::plan(&mut links::open()?, &config.name, &ours)?;
+    let plan = forwarding::plan(&mut route, &config.name, &ours)?;
     if !plan.has_uplink {
         tracing::warn!(
             "the host has no default route: sandboxes reach nothing until it has one \
@@ -584,4 +598,27 @@ fn prepare_host(config: &PoolConfig) -> Result<Vec<String>> {
         .map_err(Error::kernel("install the host's rules"))?;
     forwarding::enable(&plan)?;
     Ok(plan.fenced_uplinks)
+}
+
+/// Makes sure that nobody else on this host uses addresses of the slots' subnet. A route to a
+/// larger range is fine: those to the slots are more specific.
+fn check_subnet(config: &PoolConfig, route: &mut Route) -> Result<()> {
+    let interfaces = links::list(route)?;
+    for destination in links::routes(route)? {
+        if !config.subnet.contains(&destination.net) {
+            continue;
+        }
+        let other = interfaces.iter().find(|interface| {
+            destination.interfaces.contains(&interface.index)
+                && config.name.index_of(&interface.name).is_none()
+        });
+        if let Some(other) = other {
+            return Err(Error::SubnetTaken {
+                subnet: config.subnet,
+                taken: destination.net,
+                interface: other.name.clone(),
+            });
+        }
+    }
+    Ok(())
 }

@@ -99,6 +99,7 @@ fn build_here(config: &PoolConfig, host: &Netns, index: SlotIndex) -> Result<Par
     ] {
         sysctl::set(&format!("ipv4/conf/{interface}/{key}"), value)?;
     }
+    let inside = route;
     let mut route = links::open()?;
     let outside = present(&mut route, index, &interface)?;
     let alias = alias(config);
@@ -108,6 +109,7 @@ fn build_here(config: &PoolConfig, host: &Netns, index: SlotIndex) -> Result<Par
     };
     links::configure(&mut route, outside, &settings)?;
     links::add_address(&mut route, outside, link.host, LINK_PREFIX_LEN)?;
+    links::settle(&inside, UPLINK)?;
 
     Ok(Parts {
         index,

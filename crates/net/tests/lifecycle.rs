@@ -162,6 +162,26 @@ fn two_processes_cannot_have_the_same_pool() {
 }
 
 #[test]
+fn a_subnet_that_is_in_use_is_refused() {
+    in_world(async |world| {
+        let open = |config| async { SlotPool::open(config).await.map(drop) };
+        ip("addr add 10.233.7.1/24 dev wan");
+        let error = open(world.config()).await.unwrap_err();
+        assert!(matches!(error, Error::SubnetTaken { .. }), "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("10.233.7.0/24 is reached through wan"),
+            "{error}"
+        );
+        ip("addr del 10.233.7.1/24 dev wan");
+        // A way to a larger network that contains the subnet does not matter.
+        ip("route add 10.0.0.0/8 via 203.0.113.10");
+        open(world.config()).await.unwrap();
+    });
+}
+
+#[test]
 fn a_host_without_what_slots_need_says_so_at_once() {
     in_world(async |world| {
         fs::write(world.dir.path().join("netns"), "in the way").unwrap();
@@ -222,6 +242,26 @@ struct Victim {
     vm: u32,
 }
 
+impl Victim {
+    /// Kills the process, as `kill -9` does.
+    fn die(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        if fs::read_link(format!("/proc/{}/fd/0", self.vm))
+            .is_ok_and(|stdin| stdin == Path::new("/dev/net/tun"))
+        {
+            kill(self.vm);
+        }
+    }
+}
+
 const DIR: &str = "CUBICLE_NET_TEST_DIR";
 
 fn victim(dir: &Path) -> Victim {
@@ -272,6 +312,7 @@ fn the_process_that_gets_killed() {
             slot.set_policy(&EgressPolicy::deny_all()).await.unwrap();
             until(&pool, |counts| counts.ready == 2).await;
             // Whoever holds the tap is the VM.
+            #[allow(clippy::zombie_processes, reason = "it is to outlive this process")]
             let vm = Command::new("sleep")
                 .arg("600")
                 .stdin(Stdio::from(slot.take_tap().unwrap()))
@@ -308,8 +349,7 @@ fn a_killed_process_loses_nothing_that_a_vm_uses_and_leaves_nothing_else() {
             .run(|| serve(std::net::Ipv4Addr::UNSPECIFIED, 80));
         let before = Inventory::take(world.dir.path());
         let mut victim = victim(world.dir.path());
-        victim.process.kill().unwrap();
-        victim.process.wait().unwrap();
+        victim.die();
         assert_eq!(Inventory::take(world.dir.path()).mounts, 4);
 
         let (pool, report) = SlotPool::open(world.config()).await.unwrap();
@@ -366,8 +406,7 @@ fn a_killed_process_loses_nothing_that_a_vm_uses_and_leaves_nothing_else() {
 fn what_nobody_adopts_is_swept_and_a_dead_vms_slot_is_not_adoptable() {
     in_world(async |world| {
         let mut first = victim(world.dir.path());
-        first.process.kill().unwrap();
-        first.process.wait().unwrap();
+        first.die();
         let (pool, report) = SlotPool::open(world.config()).await.unwrap();
         assert_eq!(report.adoptable, [first.leased]);
         kill(first.vm);

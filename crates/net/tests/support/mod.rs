@@ -27,6 +27,7 @@ use std::{
 use cubicle_net::{Counts, PoolConfig, Slot, SlotPool};
 use rustix::{
     event::{PollFd, PollFlags, poll},
+    mount::{UnmountFlags, unmount},
     net::{AddressFamily, SocketType, ipproto},
     thread::{LinkNameSpaceType, UnshareFlags, gettid, move_into_link_name_space, unshare_unsafe},
 };
@@ -46,8 +47,10 @@ pub const FORBIDDEN: [Ipv4Addr; 5] = [
     Ipv4Addr::new(100, 64, 0, 9),
     Ipv4Addr::new(169, 254, 169, 254),
 ];
-/// Time enough for an answer on one machine, and how long "no answer" is waited for.
-pub const PATIENCE: Duration = Duration::from_millis(400);
+/// How long an answer that will come is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an answer that must not come is waited for.
+pub const SILENCE: Duration = Duration::from_millis(400);
 
 /// What can be sent to a thread to be done there.
 type Job = Box<dyn FnOnce() + Send>;
@@ -160,6 +163,19 @@ impl World {
     }
 }
 
+impl Drop for World {
+    /// Tests end anywhere, by panic too: the namespaces that are kept alive by a mount would stay.
+    fn drop(&mut self) {
+        let here = self.dir.path().to_owned();
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        for at in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
+            if Path::new(at).starts_with(&here) {
+                let _ = unmount(at, UnmountFlags::DETACH);
+            }
+        }
+    }
+}
+
 /// Runs a test in the host's namespace of a new world.
 pub fn in_world<F>(test: impl FnOnce(World) -> F + Send + 'static)
 where
@@ -238,7 +254,7 @@ impl Guest {
 
     /// What connecting gives: the connection and who the server says we are.
     pub fn connect(&self, to: Ipv4Addr, port: u16) -> io::Result<(TcpStream, Ipv4Addr)> {
-        self.space.run(move || connect(to, port))
+        self.space.run(move || connect(to, port, PATIENCE))
     }
 
     /// Whether a server answers to a connection, or why not.
@@ -248,12 +264,22 @@ impl Guest {
 
     /// Sends a datagram and returns the answer.
     pub fn ask(&self, to: Ipv4Addr, port: u16, text: &'static str) -> io::Result<String> {
-        self.space.run(move || ask(to, port, text))
+        self.space.run(move || ask(to, port, text, PATIENCE))
     }
 
     /// Whether an echo request is answered.
     pub fn pings(&self, to: Ipv4Addr) -> io::Result<()> {
-        self.space.run(move || ping(to))
+        self.space.run(move || ping(to, PATIENCE))
+    }
+
+    /// Asserts that neither a connection nor a datagram is answered.
+    pub fn hears_nothing_from(&self, to: Ipv4Addr, port: u16) {
+        self.space.run(move || hears_nothing_from(to, port));
+    }
+
+    /// Asserts that an echo request is not answered.
+    pub fn hears_no_echo_from(&self, to: Ipv4Addr) {
+        self.space.run(move || assert_silence(&ping(to, SILENCE)));
     }
 }
 
@@ -334,18 +360,18 @@ pub fn serve(address: Ipv4Addr, port: u16) {
     });
 }
 
-pub fn connect(to: Ipv4Addr, port: u16) -> io::Result<(TcpStream, Ipv4Addr)> {
-    let mut stream = TcpStream::connect_timeout(&SocketAddr::from((to, port)), PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+pub fn connect(to: Ipv4Addr, port: u16, patience: Duration) -> io::Result<(TcpStream, Ipv4Addr)> {
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::from((to, port)), patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
     let mut me = [0; 4];
     stream.read_exact(&mut me)?;
     Ok((stream, me.into()))
 }
 
-pub fn ask(to: Ipv4Addr, port: u16, text: &'static str) -> io::Result<String> {
+pub fn ask(to: Ipv4Addr, port: u16, text: &'static str, patience: Duration) -> io::Result<String> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience))?;
     socket.connect((to, port))?;
     socket.send(text.as_bytes())?;
     let mut answer = [0; 2048];
@@ -353,17 +379,24 @@ pub fn ask(to: Ipv4Addr, port: u16, text: &'static str) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
 }
 
-pub fn ping(to: Ipv4Addr) -> io::Result<()> {
+pub fn ping(to: Ipv4Addr, patience: Duration) -> io::Result<()> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, Some(ipproto::ICMP))?;
     // The kernel fills in identifier and checksum of such a socket's requests.
     let socket = UdpSocket::from(socket);
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience))?;
     socket.connect((to, 1))?;
     socket.send(&[8, 0, 0, 0, 0, 0, 0, 1, b'h', b'i'])?;
     let mut answer = [0; 64];
     let length = socket.recv(&mut answer)?;
     assert_eq!((answer[0], &answer[8..length]), (0, &b"hi"[..]));
     Ok(())
+}
+
+/// Asserts that neither a connection nor a datagram from the calling thread's namespace is
+/// answered.
+pub fn hears_nothing_from(to: Ipv4Addr, port: u16) {
+    assert_silence(&connect(to, port, SILENCE));
+    assert_silence(&ask(to, port, "x", SILENCE));
 }
 
 /// Asserts that the kernel said at once that something is not reachable.
