@@ -34,6 +34,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) ipc_namespace: BorrowedFd<'a>,
     /// User and group.
     pub(crate) uid: u32,
+    /// Supplementary groups.
+    pub(crate) groups: Vec<u32>,
     /// Resource limits: `RLIMIT_*` and the value of both bounds.
     pub(crate) limits: Vec<(c_uint, u64)>,
 }
@@ -82,6 +84,7 @@ struct Prepared {
     network_namespace: RawFd,
     ipc_namespace: RawFd,
     uid: u32,
+    groups: Vec<u32>,
     limits: Vec<(c_uint, libc::rlimit)>,
     /// The child's signal mask on entry to the program: empty.
     no_signals: libc::sigset_t,
@@ -115,6 +118,7 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Child, Failure> {
         network_namespace: plan.network_namespace.as_raw_fd(),
         ipc_namespace: plan.ipc_namespace.as_raw_fd(),
         uid: plan.uid,
+        groups: plan.groups.clone(),
         limits: plan
             .limits
             .iter()
@@ -318,8 +322,12 @@ unsafe fn enter(prepared: &Prepared) {
         }
         at(10);
         let uid = prepared.uid;
-        if failed(libc::syscall(libc::SYS_setgroups, 0, ptr::null::<c_void>()))
-            || failed(libc::syscall(libc::SYS_setresgid, uid, uid, uid))
+        let groups = &prepared.groups;
+        if failed(libc::syscall(
+            libc::SYS_setgroups,
+            groups.len(),
+            groups.as_ptr(),
+        )) || failed(libc::syscall(libc::SYS_setresgid, uid, uid, uid))
             || failed(libc::syscall(libc::SYS_setresuid, uid, uid, uid))
         {
             return;

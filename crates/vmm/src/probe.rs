@@ -7,13 +7,15 @@
 //! hypervisor and host are the same.
 
 use std::{
-    fmt, fs, io,
-    os::unix::fs::MetadataExt as _,
+    fmt, fs,
+    io::{self, Write as _},
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use cubicle_ids::SandboxId;
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use tokio::{io::AsyncReadExt as _, net::UnixStream, time::timeout};
 
@@ -148,8 +150,8 @@ fn obstacle() -> Option<String> {
 }
 
 async fn judge(config: &ProbeConfig) -> Verdict {
-    let reason = match boot(config, Accelerator::Kvm, PATIENCE).await {
-        Ok(Outcome::Booted(took)) => {
+    let reason = match try_boot(config, Accelerator::Kvm, PATIENCE).await {
+        Ok(Trial::Booted(took)) => {
             let boot_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
             let reason = format!("the guest kernel boots under KVM in {boot_ms} ms");
             return Verdict {
@@ -158,12 +160,12 @@ async fn judge(config: &ProbeConfig) -> Verdict {
                 boot_ms: Some(boot_ms),
             };
         }
-        Ok(Outcome::Silent) => format!(
+        Ok(Trial::Silent) => format!(
             "/dev/kvm is there, but the guest kernel did not come up under it within {} s: the \
              host emulates it instead of running it",
             PATIENCE.as_secs()
         ),
-        Ok(Outcome::Ended(words)) => {
+        Ok(Trial::Ended(words)) => {
             format!("/dev/kvm is there, but the VM ended before the guest kernel came up{words}")
         }
         Err(error) => format!("/dev/kvm is there, but unusable: {error}"),
@@ -176,8 +178,8 @@ async fn judge(config: &ProbeConfig) -> Verdict {
 }
 
 /// How a trial boot went.
-#[derive(Debug, PartialEq, Eq)]
-enum Outcome {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trial {
     /// The word was said, after that long.
     Booted(Duration),
     /// Time was up.
@@ -186,12 +188,15 @@ enum Outcome {
     Ended(String),
 }
 
-/// Boots the kernel once; nothing of the VM is left afterwards.
-async fn boot(
+/// Boots the kernel once, up to its first program; nothing of the VM is left afterwards.
+///
+/// # Errors
+/// When the VM cannot be started, or not be removed again.
+pub async fn try_boot(
     config: &ProbeConfig,
     accelerator: Accelerator,
     patience: Duration,
-) -> Result<Outcome> {
+) -> Result<Trial> {
     let binary = config.binary.clone();
     let qemu = Qemu::open(QemuConfig {
         binary,
@@ -200,26 +205,28 @@ async fn boot(
     .await?;
     let id = SandboxId::generate();
     let run_dir = config.run_root.join(id.as_str());
-    let initramfs = config.run_root.join(format!("{id}.cpio"));
-    fs::write(&initramfs, initramfs::build()).map_err(Error::io("write", &initramfs))?;
+    // In memory only; the driver opens it by the path that it has as a descriptor of ours.
+    let in_memory = || {
+        let mut file = fs::File::from(memfd_create("probe", MemfdFlags::CLOEXEC)?);
+        file.write_all(&initramfs::build())?;
+        io::Result::Ok(file)
+    };
+    let file = in_memory().map_err(Error::io("write a file in memory for", &run_dir))?;
     let boot = Boot::Cold {
         kernel: config.kernel.clone(),
-        initramfs: initramfs.clone(),
+        initramfs: PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())),
         cmdline: "quiet".to_owned(),
     };
     let mut spec = VmSpec::new(id, run_dir, UID, 1, MEMORY_MIB, boot);
     spec.kernel_log = true;
     let started = Instant::now();
-    let launched = match timeout(patience, qemu.start(spec, false)).await {
-        Ok(launched) => launched,
-        Err(_) => return Ok(Outcome::Silent),
+    let Ok(launched) = timeout(patience, qemu.start(spec, false)).await else {
+        return Ok(Trial::Silent);
     };
-    let removed = fs::remove_file(&initramfs).map_err(Error::io("remove", &initramfs));
     let (vm, console) = launched?;
-    let outcome = listen(&vm, console, started, patience).await;
+    let trial = listen(&vm, console, started, patience).await;
     vm.kill().await?;
-    removed?;
-    Ok(outcome)
+    Ok(trial)
 }
 
 async fn listen(
@@ -227,7 +234,7 @@ async fn listen(
     console: Option<UnixStream>,
     started: Instant,
     patience: Duration,
-) -> Outcome {
+) -> Trial {
     let heard = async {
         let mut console = console?;
         let mut said = Vec::new();
@@ -239,23 +246,24 @@ async fn listen(
                 .ok()
                 .filter(|read| *read > 0)?;
             said.extend_from_slice(&buffer[..read]);
-            let marker = initramfs::MARKER;
+            // The console sends a carriage return before the line feed.
+            let marker = initramfs::MARKER.trim_ascii_end();
             if said.windows(marker.len()).any(|window| window == marker) {
                 return Some(started.elapsed());
             }
         }
     };
     match timeout(patience.saturating_sub(started.elapsed()), heard).await {
-        Ok(Some(took)) => Outcome::Booted(took),
+        Ok(Some(took)) => Trial::Booted(took),
         Ok(None) => {
             let words = vm.last_words();
-            Outcome::Ended(if words.is_empty() {
+            Trial::Ended(if words.is_empty() {
                 words
             } else {
                 format!("; it printed: {words}")
             })
         }
-        Err(_) => Outcome::Silent,
+        Err(_) => Trial::Silent,
     }
 }
 

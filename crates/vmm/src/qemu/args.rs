@@ -30,6 +30,7 @@ const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resour
 /// First descriptor set of the disks; the sets below are single descriptors.
 const FIRST_DISK_SET: usize = 10;
 const DEVICE_STATE_SET: usize = 1;
+const KVM_SET: usize = 2;
 
 /// Where guest memory comes from.
 #[derive(Debug)]
@@ -76,6 +77,8 @@ pub(crate) struct Descriptors {
     pub(crate) monitor: OwnedFd,
     pub(crate) channel: OwnedFd,
     pub(crate) console: Option<OwnedFd>,
+    /// `/dev/kvm`, if QEMU takes it as a descriptor.
+    pub(crate) kvm: Option<OwnedFd>,
 }
 
 impl Descriptors {
@@ -95,7 +98,13 @@ impl Descriptors {
             OpenBoot::Restore { device_state } => all.push(device_state.as_fd()),
         }
         all.extend(self.disks.iter().map(|disk| disk.fd.as_fd()));
-        all.extend(self.tap.iter().chain(&self.console).map(|fd| fd.as_fd()));
+        all.extend(
+            self.tap
+                .iter()
+                .chain(&self.console)
+                .chain(&self.kvm)
+                .map(|fd| fd.as_fd()),
+        );
         all
     }
 }
@@ -138,7 +147,10 @@ pub(crate) fn arguments(
     );
     push("-global", "migration.send-configuration=off".to_owned());
     push("-global", "migration.x-events=on".to_owned());
-    push("-accel", accelerator_option(accelerator));
+    if let Some(kvm) = &fds.kvm {
+        push("-add-fd", format!("fd={},set={KVM_SET}", kvm.as_raw_fd()));
+    }
+    push("-accel", accelerator_option(accelerator, fds.kvm.is_some()));
     push("-cpu", cpu_model(accelerator).to_owned());
     push("-smp", spec.cpus.to_string());
     push("-m", format!("{}M", spec.memory_mib));
@@ -176,8 +188,9 @@ pub(crate) fn arguments(
     args
 }
 
-fn accelerator_option(accelerator: Accelerator) -> String {
+fn accelerator_option(accelerator: Accelerator, by_descriptor: bool) -> String {
     match accelerator {
+        Accelerator::Kvm if by_descriptor => format!("kvm,device=/dev/fdset/{KVM_SET}"),
         Accelerator::Kvm => "kvm".to_owned(),
         Accelerator::Tcg => format!("tcg,tb-size={}", Limits::JIT_CACHE_MIB),
     }
@@ -344,6 +357,7 @@ mod tests {
             monitor: null(),
             channel: null(),
             console: None,
+            kvm: None,
         };
         (spec, fds)
     }
@@ -369,8 +383,10 @@ mod tests {
         let (mut spec, mut fds) = restore(VmSpec::MAX_DISKS);
         fds.tap = Some(null());
         fds.console = Some(null());
+        fds.kvm = Some(null());
         spec.start = false;
-        let args = arguments(&spec, Accelerator::Tcg, &features(10, 0), &fds, 1);
+        let args = arguments(&spec, Accelerator::Kvm, &features(10, 0), &fds, 1);
+        assert_eq!(value(&args, "-accel"), ["kvm,device=/dev/fdset/2"]);
         let devices = value(&args, "-device");
         assert!(
             devices
@@ -395,7 +411,7 @@ mod tests {
                 "descriptor {number} is in no argument"
             );
         }
-        assert_eq!(fds.inherited().len(), 4 + 5 + 2);
+        assert_eq!(fds.inherited().len(), 4 + 5 + 3);
     }
 
     #[test]

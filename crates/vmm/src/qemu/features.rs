@@ -99,6 +99,12 @@ impl Features {
         self.version >= Version::new(8, 2)
     }
 
+    /// Whether `/dev/kvm` may be handed over as a descriptor. Before 9.0, the VM's process opens it
+    /// by its path, and so must be in the group that may.
+    pub(crate) fn kvm_descriptor(&self) -> bool {
+        self.version >= Version::new(9, 0)
+    }
+
     /// Whether `-incoming file:` exists; the older `fd:` of a regular file is deprecated since.
     pub(crate) fn incoming_file(&self) -> bool {
         self.version >= Version::new(8, 2)

@@ -20,8 +20,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::net::UnixStream;
 
 use super::{
-    CHANNEL_SOCKET, CONSOLE_SOCKET, Host, MONITOR_SOCKET, NAME, args, blocking, qmp::Qmp,
-    vm::QemuVm,
+    CHANNEL_SOCKET, CONSOLE_SOCKET, Host, KvmAccess, MONITOR_SOCKET, NAME, args, blocking,
+    qmp::Qmp, vm::QemuVm,
 };
 use crate::{
     confine,
@@ -118,6 +118,13 @@ fn start(host: &Host, spec: &VmSpec, launching: &mut Launching) -> Result<Starte
             .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
             .map_err(Error::io("connect to", path))
     };
+    let kvm = match &host.kvm {
+        KvmAccess::Descriptor(kvm) => Some(kvm.try_clone()),
+        KvmAccess::Open | KvmAccess::Group(_) => None,
+    };
+    let kvm = kvm
+        .transpose()
+        .map_err(Error::host("duplicate /dev/kvm", &spec.id))?;
     let tap = spec.tap.as_ref().map(OwnedFd::try_clone).transpose();
     let fds = Descriptors {
         memory,
@@ -130,6 +137,7 @@ fn start(host: &Host, spec: &VmSpec, launching: &mut Launching) -> Result<Starte
             .kernel_log
             .then(|| listen(CONSOLE_SOCKET))
             .transpose()?,
+        kvm,
     };
     let monitor = connect(MONITOR_SOCKET)?;
     let console = spec
@@ -205,6 +213,10 @@ fn spawn(host: &Host, spec: &VmSpec, fds: &Descriptors, output: BorrowedFd<'_>) 
             .as_fd(),
         ipc_namespace: host.jail.ipc.as_fd(),
         uid: spec.uid,
+        groups: match host.kvm {
+            KvmAccess::Group(group) => vec![group],
+            KvmAccess::Open | KvmAccess::Descriptor(_) => Vec::new(),
+        },
         limits,
     };
     let (pid, pidfd) =

@@ -9,7 +9,8 @@
 //! its start, and a server that was killed can connect again.
 
 use std::{
-    os::fd::OwnedFd,
+    fs::OpenOptions,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -51,6 +52,41 @@ const MONITOR_SOCKET: &str = "monitor.sock";
 const CHANNEL_SOCKET: &str = "channel.sock";
 const CONSOLE_SOCKET: &str = "console.sock";
 
+/// How VM processes get at `/dev/kvm`, which only root and perhaps a group may open.
+#[derive(Debug)]
+enum KvmAccess {
+    /// They need not, or anybody may.
+    Open,
+    /// They are handed a descriptor.
+    Descriptor(OwnedFd),
+    /// They are in this group.
+    Group(u32),
+}
+
+impl KvmAccess {
+    fn find(accelerator: Accelerator, features: &Features) -> Result<Self> {
+        let device = Path::new("/dev/kvm");
+        if accelerator == Accelerator::Tcg {
+            return Ok(Self::Open);
+        }
+        let kvm = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(device)
+            .map_err(Error::io("open", device))?;
+        if features.kvm_descriptor() {
+            return Ok(Self::Descriptor(kvm.into()));
+        }
+        let metadata = kvm.metadata().map_err(Error::io("look at", device))?;
+        let may = |bits: u32| metadata.mode() & bits == bits;
+        // Never root's group, whatever the mode says.
+        let group = (may(0o060) && metadata.gid() != 0).then_some(metadata.gid());
+        Ok(group
+            .filter(|_| !may(0o006))
+            .map_or(Self::Open, Self::Group))
+    }
+}
+
 /// How to open the driver.
 #[derive(Debug, Clone)]
 pub struct QemuConfig {
@@ -82,6 +118,7 @@ struct Host {
     jail: Jail,
     boot_id: String,
     tsc_khz: u64,
+    kvm: KvmAccess,
     /// `/dev/null`, standard input of every VM.
     nothing: OwnedFd,
 }
@@ -121,6 +158,7 @@ impl Qemu {
                 })
             })?;
         let accelerator = config.accelerator;
+        let kvm = KvmAccess::find(accelerator, &features)?;
         let host = Host {
             accelerator,
             features,
@@ -128,6 +166,7 @@ impl Qemu {
             jail,
             boot_id,
             tsc_khz,
+            kvm,
             nothing,
         };
         Ok(Self(Arc::new(host)))
