@@ -403,6 +403,43 @@ async fn a_guest_that_floods_its_console_fills_no_disk() {
     assert_gone(&vm.record());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_lives_in_its_network_namespace_and_so_does_its_clone() {
+    let (driver, dir) = (driver().await, Dir::new());
+    let inode = |netns: &std::os::fd::OwnedFd| {
+        fs::File::from(netns.try_clone().unwrap())
+            .metadata()
+            .unwrap()
+            .ino()
+    };
+    let mut boot = cold();
+    for round in 0..2 {
+        let (netns, tap) = support::network();
+        let namespace = inode(&netns);
+        let mut spec = dir.spec(boot);
+        (spec.netns, spec.tap) = (Some(netns), Some(tap));
+        let vm = driver.launch(spec).await.unwrap();
+        let record = vm.record();
+        let of_process = fs::metadata(format!("/proc/{}/ns/net", record.pid))
+            .unwrap()
+            .ino();
+        assert_eq!(of_process, namespace);
+        let mut guest = Conversation::with(&*vm).await;
+        assert_eq!(
+            guest.ask("ls /sys/class/net").await,
+            "eth0 lo",
+            "round {round}"
+        );
+        let address = guest.ask("cat /sys/class/net/eth0/address").await;
+        assert_eq!(address.trim_end_matches('|'), cubicle_vmm::qemu::GUEST_MAC);
+        boot = freeze(&*vm, &dir.path().join(format!("frozen{round}")))
+            .await
+            .boot();
+        vm.kill().await.unwrap();
+        assert_gone(&record);
+    }
+}
+
 /// Not a test of its own: what `a_vm_survives_its_server` runs as a server, to be killed.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by another test"]

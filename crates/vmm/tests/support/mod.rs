@@ -3,7 +3,10 @@
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::{FileExt as _, PermissionsExt as _},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::{FileExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -438,4 +441,38 @@ pub(crate) fn assert_nothing_left(run_dir: &Path, id: &str, uid: u32) {
     assert!(!run_dir.exists(), "{} is left", run_dir.display());
     assert_eq!(processes_of(uid), [] as [i32; 0], "processes are left");
     assert_eq!(cgroups_of(id), [] as [PathBuf; 0], "cgroups are left");
+}
+
+/// An empty network namespace with one tap device, as the network pool hands them out.
+pub(crate) fn network() -> (OwnedFd, OwnedFd) {
+    /// `struct ifreq` as far as `TUNSETIFF` reads it.
+    #[repr(C)]
+    struct Request {
+        name: [u8; libc::IFNAMSIZ],
+        flags: libc::c_short,
+        rest: [u8; 22],
+    }
+    let thread = std::thread::spawn(|| {
+        // SAFETY: the flag leaves the descriptor table shared.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+        let netns = fs::File::open("/proc/thread-self/ns/net").unwrap();
+        let tap = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .unwrap();
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let flags = libc::c_short::try_from(flags).unwrap();
+        let mut request = Request {
+            name: [0; libc::IFNAMSIZ],
+            flags,
+            rest: [0; 22],
+        };
+        request.name[..4].copy_from_slice(b"tap0");
+        // SAFETY: the kernel reads and writes a structure of this layout and length.
+        let done = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        (netns.into(), tap.into())
+    });
+    thread.join().unwrap()
 }
