@@ -1,6 +1,11 @@
 //! `cubicle up`: the server in the foreground, from nothing to "it works", and back to nothing.
 
-use std::{io::IsTerminal as _, process::ExitCode, time::Duration};
+use std::{
+    io::IsTerminal as _,
+    process::ExitCode,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -31,9 +36,6 @@ pub(crate) fn progress_bar(json: bool) -> ProgressBar {
 pub(crate) fn show_progress(bar: &ProgressBar, step: &str, message: &str, fraction: Option<f64>) {
     let percent = fraction.map_or_else(String::new, |f| format!(" {:.0} %", f * 100.0));
     bar.set_message(format!("{step}: {message}{percent}"));
-    if bar.is_hidden() {
-        tracing::info!(step, message, "progress");
-    }
 }
 
 pub(crate) async fn run(global: &Global, options: Up) -> Result<ExitCode, Error> {
@@ -42,6 +44,7 @@ pub(crate) async fn run(global: &Global, options: Up) -> Result<ExitCode, Error>
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Terminal)?;
     let bar = progress_bar(global.json);
     let json = global.json;
+    let shown_step = Mutex::new(String::new());
     let report = |event: Starting| match event {
         Starting::Progress {
             step,
@@ -54,6 +57,13 @@ pub(crate) async fn run(global: &Global, options: Up) -> Result<ExitCode, Error>
                     "{}",
                     json!({ "event": "progress", "step": step, "message": message, "fraction": fraction })
                 );
+            } else if bar.is_hidden() {
+                // A line a step is progress enough in a log.
+                let mut shown = shown_step.lock().unwrap_or_else(PoisonError::into_inner);
+                if *shown != step {
+                    println!("{step:>12}  {message}");
+                    *shown = step;
+                }
             } else {
                 show_progress(&bar, &step, &message, fraction);
             }

@@ -1,6 +1,7 @@
 //! The server: every part put together in one process, and taken apart again in order.
 
 mod fleet;
+mod routes;
 mod selfcheck;
 
 use std::{
@@ -21,12 +22,19 @@ use cubicle_cow::{
 use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe};
 use cubicle_net::{PoolConfig, SlotPool};
 use cubicle_node::{Node, NodeConfig};
-use cubicle_vmm::qemu::{Qemu, QemuConfig};
+use cubicle_proxy::Proxy;
+use cubicle_vmm::{
+    probe::{self, ProbeConfig, Verdict},
+    qemu::{Qemu, QemuConfig},
+};
 use futures::StreamExt as _;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
-use self::fleet::{Facts, Images, NodeFleet};
 pub(crate) use self::selfcheck::{SelfCheck, self_check};
+use self::{
+    fleet::{Facts, Images, NodeFleet},
+    routes::SandboxRoutes,
+};
 use crate::{
     cli::{Accelerator, Up},
     client::Connection,
@@ -111,28 +119,50 @@ impl Dirs {
     }
 }
 
-/// What a probe found, and why.
-#[derive(Debug, Clone)]
-pub(crate) struct Verdict {
-    pub(crate) accelerator: cubicle_vmm::probe::Accelerator,
-    pub(crate) reason: String,
-}
-
-/// The verdict of an earlier probe on this machine.
-pub(crate) async fn accelerator_verdict(_data_dir: &Path) -> Result<Option<Verdict>, Error> {
-    Ok(None)
-}
-
+/// What runs guest instructions on this machine: what was asked for, or what the probe finds.
 async fn accelerator(
     options: &Up,
-    _kernel: &cubicle_image::Kernel,
-    _dirs: &Dirs,
-) -> Result<(cubicle_vmm::probe::Accelerator, String), Error> {
-    use cubicle_vmm::probe::Accelerator as Found;
-    Ok(match options.accelerator {
-        Accelerator::Kvm => (Found::Kvm, "kvm, as asked for".to_owned()),
-        Accelerator::Tcg | Accelerator::Auto => (Found::Tcg, "tcg, as asked for".to_owned()),
-    })
+    kernel: &cubicle_image::Kernel,
+    dirs: &Dirs,
+) -> Result<Verdict, Error> {
+    let asked = |accelerator| Verdict {
+        accelerator,
+        reason: "asked for with --accelerator".to_owned(),
+        boot_ms: None,
+    };
+    match options.accelerator {
+        Accelerator::Kvm => Ok(asked(probe::Accelerator::Kvm)),
+        Accelerator::Tcg => Ok(asked(probe::Accelerator::Tcg)),
+        Accelerator::Auto => probe_accelerator(kernel, dirs).await,
+    }
+}
+
+async fn probe_accelerator(kernel: &cubicle_image::Kernel, dirs: &Dirs) -> Result<Verdict, Error> {
+    let config = ProbeConfig {
+        binary: QemuConfig::default().binary,
+        kernel: kernel.vmlinux.clone(),
+        kernel_fingerprint: kernel.kernel_fingerprint.as_str().to_owned(),
+        run_root: dirs.run.clone(),
+        cache: dirs.data.join("accelerator.json"),
+    };
+    probe::probe(&config)
+        .await
+        .map_err(|error| Error::setup("probe the accelerator", error))
+}
+
+/// The accelerator of this machine, for `doctor`: none while there is no kernel to probe with.
+pub(crate) async fn accelerator_verdict(data_dir: &Path) -> Result<Option<Verdict>, Error> {
+    if !data_dir.join("images/kernels").exists() {
+        return Ok(None);
+    }
+    let dirs = Dirs::create(data_dir)?;
+    let failed = |error| Error::setup("prepare the guest kernel", error);
+    let guest = GuestBinary::locate().map_err(failed)?;
+    let source = KernelSource::default();
+    let kernel = cubicle_image::prepare_kernel(&dirs.images, &source, &guest, &Progress::silent())
+        .await
+        .map_err(failed)?;
+    probe_accelerator(&kernel, &dirs).await.map(Some)
 }
 
 /// Name of the slot pool that belongs to a data directory: `cubicle` for the usual one.
@@ -207,8 +237,12 @@ impl Server {
         .map_err(|error| Error::setup("prepare the guest kernel", error))?;
         done("kernel", format!("Linux {}", kernel.version));
 
-        let (accelerator, why) = accelerator(options, &kernel, &dirs).await?;
-        done("accelerator", why);
+        let Verdict {
+            accelerator,
+            reason,
+            ..
+        } = accelerator(options, &kernel, &dirs).await?;
+        done("accelerator", format!("{accelerator}: {reason}"));
         let qemu = Qemu::open(QemuConfig {
             accelerator,
             ..QemuConfig::default()
@@ -255,7 +289,15 @@ impl Server {
             node_id: hostname(),
         };
         let state = AppState::new(control.clone(), config, |_| {});
-        let router = cubicle_api::router(state);
+        let proxy = Proxy::new(
+            Arc::new(SandboxRoutes::new(control.clone())),
+            Arc::new(node.clone()),
+        );
+        // Around the whole router: what is for a sandbox is answered before any route is matched.
+        let router = cubicle_api::router(state).layer(axum::middleware::from_fn_with_state(
+            proxy,
+            cubicle_proxy::intercept,
+        ));
         let (closing, mut closed) = watch::channel(false);
         let serving = tokio::spawn(async move {
             let stop = async move {
