@@ -6,7 +6,8 @@
 
 use std::{
     fmt,
-    os::fd::AsRawFd as _,
+    fs::Permissions,
+    os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -210,6 +211,10 @@ pub(crate) async fn publish(
     node.failpoints.pass("publish/memory").await?;
     let (draft, report) = blocking(move || {
         let report = draft.write_memory(base.as_deref(), &memory)?;
+        // A VM's process opens it anew from a descriptor, as a user that owns nothing; nobody can
+        // reach it by its path. Nobody writes it any more.
+        let (image, mode) = (draft.memory_image(), Permissions::from_mode(0o444));
+        std::fs::set_permissions(&image, mode).map_err(Error::io("protect", image))?;
         Ok((draft, report))
     })
     .await?;
