@@ -1,6 +1,9 @@
 //! The daemon's HTTP surface, as a client meets it: the real router over a directory of its own.
 
-#![allow(clippy::unwrap_used, reason = "in a test, also in its helpers, that is a failure")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test, also in its helpers, that is a failure"
+)]
 
 mod files;
 mod filesystem;
