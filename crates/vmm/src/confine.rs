@@ -3,9 +3,10 @@
 //!
 //! The child is made the way `vfork` does it: it borrows our address space while its parent's
 //! thread waits, so its cost does not depend on how large the server is, and between `clone` and
-//! `execve` it does nothing but system calls on data prepared beforehand. (Re-executing our own
-//! binary as a launcher, which would let all of this be ordinary code, was measured too: it takes
-//! 2 ms longer of the 20 ms that QEMU needs to come up; see `benches` in the crate's tests.)
+//! `execve` it does nothing but system calls on data prepared beforehand. Re-executing our own
+//! binary as a launcher would make all of this ordinary code, but takes 2 ms longer, of the 20 ms
+//! that QEMU needs to come up (`cargo bench -p cubicle-vmm` measures both), and would make every
+//! program that uses this crate answer to a hidden argument.
 
 use std::{
     ffi::{CString, c_char, c_int, c_long, c_uint, c_void},

@@ -56,11 +56,20 @@ impl Jail {
     /// outside, and the devices `devices` besides the harmless ones. Blocks for some milliseconds.
     pub(crate) fn build(program: &Path, data: &[PathBuf], devices: &[&str]) -> Result<Self> {
         let mut paths: Vec<PathBuf> = LIBRARIES.iter().map(PathBuf::from).collect();
-        paths.extend(data.iter().cloned());
+        // A program that was moved finds its data at `bin/../share`.
+        let detour = |path: &&PathBuf| path.components().any(|part| part == Component::ParentDir);
+        paths.extend(data.iter().filter(|path| !detour(path)).cloned());
+        paths.extend(
+            data.iter()
+                .filter(detour)
+                .filter_map(|path| path.canonicalize().ok()),
+        );
         paths.push(program.to_owned());
         if let Some(prefix) = foreign_prefix(program) {
             paths.push(prefix);
         }
+        // Directories before what is in them, which is there already then.
+        paths.sort_by_key(|path| path.components().count());
         let devices: Vec<PathBuf> = DEVICES
             .iter()
             .chain(devices)

@@ -206,13 +206,18 @@ fn pack_guest(cache: &Path, source: &Path, initramfs: &Path) {
     fs::write(initramfs, archive).unwrap();
 }
 
-/// The driver, opened afresh: handles belong to the runtime of the test that made them.
+/// The driver, opened afresh: handles belong to the runtime of the test that made them. The
+/// environment variable `CUBICLE_TEST_QEMU` names another QEMU than the installed one.
 pub(crate) async fn driver() -> Qemu {
     assert!(
         rustix::process::geteuid().is_root(),
         "tests with real VMs need root"
     );
-    Qemu::open(QemuConfig::default()).await.unwrap()
+    let mut config = QemuConfig::default();
+    if let Some(binary) = std::env::var_os("CUBICLE_TEST_QEMU") {
+        config.binary = binary.into();
+    }
+    Qemu::open(config).await.unwrap()
 }
 
 /// A temporary directory for one test's VMs. VMs that a failed test leaves behind end with it.
