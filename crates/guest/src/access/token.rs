@@ -1,7 +1,6 @@
 use std::fmt;
 
-use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
-use sha2::{Digest as _, Sha256};
+use cubicle_protocol::signature::SignedAccess;
 use subtle::ConstantTimeEq as _;
 
 use super::Error;
@@ -23,20 +22,17 @@ impl AccessToken {
         self.0.as_bytes().ct_eq(candidate).into()
     }
 
-    /// Version 1 of the URL signature:
-    /// `v1_` and the base64, without padding, of `sha256(path:operation:user:token[:expiration])`.
+    /// The signature of a URL.
     #[must_use]
     pub fn sign(&self, access: &Access<'_>) -> String {
-        let mut hash = Sha256::new();
-        for part in [access.path, access.operation.as_str(), access.user] {
-            hash.update(part);
-            hash.update(":");
-        }
-        hash.update(&self.0);
-        if let Some(expiration) = access.expiration {
-            hash.update(format!(":{expiration}"));
-        }
-        format!("v1_{}", BASE64_STANDARD_NO_PAD.encode(hash.finalize()))
+        let expiration = access.expiration.map(|time| time.to_string());
+        let access = SignedAccess {
+            path: access.path,
+            operation: access.operation.as_str(),
+            user: access.user,
+            expiration: expiration.as_deref(),
+        };
+        access.sign(&self.0)
     }
 
     /// Checks the signature of a request that arrives at `now` (seconds since the Unix epoch).
