@@ -152,22 +152,19 @@ mod tests {
 
     use super::*;
 
-    /// In a network namespace of its own, with a dummy in the interface's place.
+    /// In a network namespace of its own, with a veth in the interface's place.
     #[test]
     fn the_interface_gets_its_address_and_route() {
         let output = std::thread::spawn(|| {
             // SAFETY: changes the namespace of this thread, which ends with the test.
-            assert_eq!(
-                unsafe { libc::unshare(libc::CLONE_NEWNET) },
-                0,
-                "needs root"
-            );
+            let unshared = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+            assert_eq!(unshared, 0, "needs root");
             let ip = |args: &str| {
                 let output = Command::new("ip").args(args.split(' ')).output().unwrap();
                 assert!(output.status.success(), "{args}: {output:?}");
                 String::from_utf8(output.stdout).unwrap()
             };
-            ip("link add eth0 type dummy");
+            ip("link add eth0 type veth peer name peer0");
             configure("eth0");
             // A second time changes nothing and fails at nothing.
             configure("eth0");

@@ -42,7 +42,8 @@ pub(super) fn apply() {
     }
 }
 
-/// Writes a file that isn't there, or is a link to nowhere: what would serve it doesn't run here.
+/// Writes a file that isn't there or is empty, or is a link to nowhere: what would serve it doesn't
+/// run here.
 fn provide(path: &Path, content: &str) -> Result<(), Error> {
     let failed = |source| Error::File {
         what: "write",
@@ -50,7 +51,8 @@ fn provide(path: &Path, content: &str) -> Result<(), Error> {
         source,
     };
     match fs::metadata(path) {
-        Ok(_) => return Ok(()),
+        Ok(found) if found.len() > 0 => return Ok(()),
+        Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
     }
@@ -77,6 +79,10 @@ mod tests {
         provide(&path, "newer").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "new");
         let link = root.path().join("etc/resolv.conf");
+        fs::write(&link, "").unwrap();
+        provide(&link, "first").unwrap();
+        assert_eq!(fs::read_to_string(&link).unwrap(), "first");
+        fs::remove_file(&link).unwrap();
         std::os::unix::fs::symlink("/run/no/such/stub", &link).unwrap();
         provide(&link, "nameserver").unwrap();
         assert!(!fs::symlink_metadata(&link).unwrap().is_symlink());

@@ -91,7 +91,6 @@ impl Events {
         self.still_alive();
         Some(match next {
             Event::Data(source, bytes) => {
-                let bytes = Vec::from(bytes);
                 let output = match source {
                     Source::Stdout => data_event::Output::Stdout(bytes),
                     Source::Stderr => data_event::Output::Stderr(bytes),

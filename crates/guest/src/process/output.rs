@@ -5,11 +5,13 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use bytes::Bytes;
-
 /// How much output may wait for the slowest subscriber, in bytes. Past it the process is left
 /// waiting, as it would be by a slow reader of a pipe.
 const LIMIT: usize = 256 << 10;
+
+/// Pieces are joined up to this length while they wait, in bytes: a program that writes byte by
+/// byte costs its followers no message each.
+const JOIN: usize = 16 << 10;
 
 /// Which of the process's files something was written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +39,7 @@ pub(super) enum ExitStatus {
 /// Something a subscriber is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Event {
-    Data(Source, Bytes),
+    Data(Source, Vec<u8>),
     End(End),
 }
 
@@ -53,7 +55,7 @@ pub(super) struct Output {
 
 #[derive(Debug, Default)]
 struct Inner {
-    pieces: VecDeque<(Source, Bytes)>,
+    pieces: VecDeque<(Source, Vec<u8>)>,
     /// Number of the first of `pieces`, counted from the beginning of the process.
     first: u64,
     /// Total length of `pieces`.
@@ -75,6 +77,35 @@ struct Cursor {
 impl Inner {
     fn has_room(&self) -> bool {
         self.bytes < LIMIT
+    }
+
+    /// The last piece, if nobody has taken it yet.
+    fn untouched(&mut self) -> Option<&mut (Source, Vec<u8>)> {
+        let last = (self.first + self.pieces.len() as u64).checked_sub(1)?;
+        let taken = |cursor: &Cursor| cursor.next > last;
+        if self.subscribers.values().any(taken) {
+            None
+        } else {
+            self.pieces.back_mut()
+        }
+    }
+
+    /// The piece for the subscriber that is about to take number `at`: a copy, unless it is the
+    /// last one to take it.
+    fn take(&mut self, at: u64) -> Option<(Source, Vec<u8>)> {
+        let piece = self
+            .pieces
+            .get_mut(usize::try_from(at.checked_sub(self.first)?).ok()?)?;
+        let wanted = self
+            .subscribers
+            .values()
+            .filter(|cursor| cursor.next <= at)
+            .count();
+        if wanted > 1 {
+            return Some(piece.clone());
+        }
+        self.bytes -= piece.1.len();
+        Some((piece.0, std::mem::take(&mut piece.1)))
     }
 
     /// Forgets what every subscriber has taken.
@@ -129,14 +160,24 @@ impl Output {
     }
 
     /// Hands on what the process wrote.
-    pub(super) fn push(&self, source: Source, bytes: Bytes) {
+    pub(super) fn push(&self, source: Source, mut bytes: Vec<u8>) {
         let mut inner = self.lock();
+        let inner = &mut *inner;
         if inner.subscribers.is_empty() {
             return;
         }
         inner.bytes += bytes.len();
-        inner.pieces.push_back((source, bytes));
-        inner.wake_subscribers();
+        // Nobody is woken for a piece that grows: all who follow have been for its beginning.
+        match inner.untouched() {
+            Some((last, waiting)) if *last == source && waiting.len() + bytes.len() <= JOIN => {
+                waiting.append(&mut bytes);
+            }
+            _ => {
+                bytes.shrink_to_fit();
+                inner.pieces.push_back((source, bytes));
+                inner.wake_subscribers();
+            }
+        }
     }
 
     /// Waits until more may be pushed.
@@ -181,22 +222,24 @@ impl Subscriber {
         }
         let mut inner = self.output.lock();
         let inner = &mut *inner;
-        let Some(cursor) = inner.subscribers.get_mut(&self.id) else {
+        let Some(cursor) = inner.subscribers.get(&self.id) else {
             return Poll::Ready(None);
         };
-        // At most LIMIT pieces wait, so the difference fits.
-        let at = (cursor.next - inner.first) as usize;
-        if let Some((source, bytes)) = inner.pieces.get(at) {
-            let event = Event::Data(*source, bytes.clone());
-            cursor.next += 1;
+        let at = cursor.next;
+        if let Some((source, bytes)) = inner.take(at) {
+            if let Some(cursor) = inner.subscribers.get_mut(&self.id) {
+                cursor.next = at + 1;
+            }
             inner.trim();
-            return Poll::Ready(Some(event));
+            return Poll::Ready(Some(Event::Data(source, bytes)));
         }
         if let Some(end) = inner.end {
             self.ended = true;
             return Poll::Ready(Some(Event::End(end)));
         }
-        cursor.waker = Some(cx.waker().clone());
+        if let Some(cursor) = inner.subscribers.get_mut(&self.id) {
+            cursor.waker = Some(cx.waker().clone());
+        }
         Poll::Pending
     }
 
@@ -225,7 +268,7 @@ mod tests {
     }
 
     fn data(bytes: &'static [u8]) -> Event {
-        Event::Data(Source::Stdout, Bytes::from_static(bytes))
+        Event::Data(Source::Stdout, bytes.to_vec())
     }
 
     const END: End = End {
@@ -236,19 +279,55 @@ mod tests {
     #[tokio::test]
     async fn everybody_gets_what_came_since_and_the_end() {
         let output = Arc::new(Output::default());
-        output.push(Source::Stdout, Bytes::from_static(b"nobody listens"));
+        output.push(Source::Stdout, Vec::from(b"nobody listens"));
         let mut early = output.subscribe();
-        output.push(Source::Stdout, Bytes::from_static(b"1"));
+        output.push(Source::Stdout, Vec::from(b"1"));
         let mut late = output.subscribe();
-        output.push(Source::Stdout, Bytes::from_static(b"2"));
+        output.push(Source::Stderr, b"2".to_vec());
         output.finish(END);
         assert_eq!(next(&mut early).await, Some(data(b"1")));
-        assert_eq!(next(&mut early).await, Some(data(b"2")));
+        let second = Event::Data(Source::Stderr, b"2".to_vec());
+        assert_eq!(next(&mut early).await.as_ref(), Some(&second));
         assert_eq!(next(&mut early).await, Some(Event::End(END)));
         assert_eq!(next(&mut early).await, None);
-        assert_eq!(next(&mut late).await, Some(data(b"2")));
+        assert_eq!(next(&mut late).await, Some(second));
         assert_eq!(next(&mut late).await, Some(Event::End(END)));
         assert_eq!(next(&mut output.subscribe()).await, Some(Event::End(END)));
+        assert_eq!(output.lock().bytes, 0);
+    }
+
+    #[tokio::test]
+    async fn short_pieces_are_joined_until_somebody_takes_them() {
+        let output = Arc::new(Output::default());
+        let mut one = output.subscribe();
+        let mut two = output.subscribe();
+        for byte in [b"a", b"b"] {
+            output.push(Source::Stdout, byte.to_vec());
+        }
+        assert_eq!(next(&mut one).await, Some(data(b"ab")));
+        output.push(Source::Stdout, b"c".to_vec());
+        output.push(Source::Stderr, b"d".to_vec());
+        output.push(Source::Stdout, vec![b'e'; JOIN]);
+        output.push(Source::Stdout, b"f".to_vec());
+        let lengths = async |subscriber: &mut Subscriber, count| {
+            let mut lengths = Vec::new();
+            for _ in 0..count {
+                match next(subscriber).await {
+                    Some(Event::Data(source, bytes)) => lengths.push((source, bytes.len())),
+                    other => panic!("{other:?}"),
+                }
+            }
+            lengths
+        };
+        let rest = [
+            (Source::Stdout, 1),
+            (Source::Stderr, 1),
+            (Source::Stdout, JOIN),
+            (Source::Stdout, 1),
+        ];
+        assert_eq!(lengths(&mut one, 4).await, rest);
+        assert_eq!(lengths(&mut two, 1).await, [(Source::Stdout, 2)]);
+        assert_eq!(lengths(&mut two, 4).await, rest);
         assert_eq!(output.lock().bytes, 0);
     }
 
@@ -257,12 +336,12 @@ mod tests {
         let output = Arc::new(Output::default());
         let mut slow = output.subscribe();
         let mut fast = output.subscribe();
-        output.push(Source::Stdout, Bytes::from(vec![0; LIMIT]));
+        output.push(Source::Stdout, vec![0; LIMIT]);
         next(&mut fast).await;
         let wait = Duration::from_millis(20);
         assert!(tokio::time::timeout(wait, output.room()).await.is_err());
         let (_, _) = tokio::join!(output.room(), next(&mut slow));
-        output.push(Source::Stdout, Bytes::from(vec![0; LIMIT]));
+        output.push(Source::Stdout, vec![0; LIMIT]);
         next(&mut fast).await;
         let room = tokio::spawn({
             let output = Arc::clone(&output);

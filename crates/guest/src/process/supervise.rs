@@ -6,7 +6,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use rustix::{
     buffer::spare_capacity,
     process::{Signal, WaitId, WaitIdOptions},
@@ -45,7 +44,7 @@ impl Reader {
     }
 
     /// What was written; `None` once nobody has the other end open.
-    async fn read(&self) -> Option<Bytes> {
+    async fn read(&self) -> Option<Vec<u8>> {
         let chunk = match self.source {
             Source::Terminal => TERMINAL_CHUNK,
             Source::Stdout | Source::Stderr => PIPE_CHUNK,
@@ -56,9 +55,7 @@ impl Reader {
             let read = ready.try_io(|fd| Ok(rustix::io::read(fd, spare_capacity(&mut bytes))?));
             match read {
                 Ok(Ok(0)) => return None,
-                // Most output is short: don't keep a large buffer for it.
-                Ok(Ok(read)) if read < chunk / 2 => return Some(Bytes::copy_from_slice(&bytes)),
-                Ok(Ok(_)) => return Some(Bytes::from(bytes)),
+                Ok(Ok(_)) => return Some(bytes),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 // A terminal that nobody has open any more says EIO.
                 Ok(Err(_)) => return None,
@@ -78,7 +75,7 @@ struct Readers(Vec<Reader>);
 
 impl Readers {
     /// The next piece from any of them; `None` if none is left.
-    async fn read(&mut self) -> Option<(Source, Bytes)> {
+    async fn read(&mut self) -> Option<(Source, Vec<u8>)> {
         loop {
             let (at, read) = match &self.0[..] {
                 [] => return None,
