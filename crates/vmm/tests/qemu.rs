@@ -174,12 +174,16 @@ async fn its_process_can_reach_nothing() {
         .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
         .collect();
     seen.sort();
+    // A QEMU outside the distribution's directories brings its own.
+    let binary = driver.features().binary.to_string_lossy().into_owned();
     for secret in [
         "root", "home", "var", "tmp", "run", "work", "sys", "boot", "srv",
     ] {
-        assert!(
-            !seen.contains(&secret.to_owned()),
-            "{secret} is in {seen:?}"
+        let expected = binary.starts_with(&format!("/{secret}/"));
+        assert_eq!(
+            seen.contains(&secret.to_owned()),
+            expected,
+            "{secret} in {seen:?}"
         );
     }
     let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
@@ -297,6 +301,10 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
         (secret, device_state.clone(), "mode 0600"),
     ];
     for (memory, device_state, words) in cases {
+        if words == "mode 0600" && !driver.features().read_only_images() {
+            // Such a QEMU must be able to write to its image, and is made so.
+            continue;
+        }
         let spec = dir.spec(Boot::Restore {
             memory,
             device_state,
