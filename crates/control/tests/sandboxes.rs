@@ -40,7 +40,7 @@ async fn a_sandbox_is_created_found_given_time_and_killed() {
     );
     assert_eq!(sandbox.traffic_token, None);
     let names: Vec<_> = made.phases.iter().map(|p| p.name).collect();
-    assert_eq!(names, ["resolve", "record", "restore", "publish"]);
+    assert_eq!(names, ["resolve", "record", "restore", "fleet", "publish"]);
     let order = plane.fleet.order(&sandbox.id).expect("the fleet made it");
     assert_eq!(order.env_vars, [("A".to_owned(), "1".to_owned())]);
     assert_eq!(order.envd_token, sandbox.envd_token);

@@ -128,7 +128,9 @@ impl Inner {
                 });
             }
         };
-        clock.phases.extend(created.phases);
+        clock
+            .phases
+            .extend(created.phases.into_iter().map(of_fleet));
         clock.skip();
 
         let sandbox = self
@@ -248,6 +250,18 @@ fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
         generation: 0,
         started_at: now(),
         end_at: None,
+    }
+}
+
+/// What the fleet calls its total is a part of ours.
+fn of_fleet(phase: Phase) -> Phase {
+    if phase.name == "total" {
+        Phase {
+            name: "fleet",
+            ..phase
+        }
+    } else {
+        phase
     }
 }
 
