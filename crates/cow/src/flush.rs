@@ -12,11 +12,12 @@ use std::{
 };
 
 use cubicle_ids::SnapshotId;
+use rustix::fs::{Advice, fadvise};
 
 use crate::{
     digest::digest,
     error::{Context as _, Result},
-    snapshot::MANIFEST,
+    snapshot::{MANIFEST, MEMORY},
 };
 
 /// A snapshot to flush.
@@ -92,14 +93,23 @@ impl Drop for Flusher {
 fn flush(job: &Job, stop: &AtomicBool) -> Option<Flushed> {
     let outcome = (|| {
         let mut checksums = Vec::new();
-        for name in &job.parts {
+        // Memory first: reading it for the checksum is also what brings it into the page cache, so
+        // that the first restore of a fresh image need not wait for the disk.
+        let (memory, others) = job
+            .parts
+            .iter()
+            .partition::<Vec<_>, _>(|name| *name == MEMORY);
+        for name in memory.into_iter().chain(others) {
             let path = job.dir.join(name);
-            File::open(&path)
-                .and_then(|file| file.sync_all())
-                .at("flush", &path)?;
+            let file = File::open(&path).at("open to flush", &path)?;
             match digest(&path, || !stop.load(Ordering::Relaxed))? {
                 Some(checksum) => checksums.push((name.clone(), checksum)),
                 None => return Ok(None),
+            }
+            file.sync_all().at("flush", &path)?;
+            if name != MEMORY {
+                // Nobody reads a snapshot's disk, only clones of it, which cache on their own.
+                let _ = fadvise(&file, 0, None, Advice::DontNeed);
             }
         }
         // The manifest, the names in the directory, and the directory's own name.

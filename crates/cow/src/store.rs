@@ -31,6 +31,7 @@ use crate::{
     error::{Context as _, Error, Result},
     flush::{Flushed, Flusher, Job},
     manifest::{Manifest, SnapshotKind},
+    memory,
     reflink::{self, Support},
     snapshot::{MANIFEST, Snapshot, SnapshotEntry, SnapshotState},
     volume::{VolumeName, generation_dir},
@@ -60,6 +61,7 @@ struct Inner {
     changes: watch::Sender<u64>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
     unique: AtomicU64,
+    buffers: Arc<memory::Pool>,
     /// Locked for as long as the store is open.
     _lock: File,
 }
@@ -137,6 +139,7 @@ impl Store {
                 changes: watch::Sender::new(0),
                 tasks: Mutex::default(),
                 unique: AtomicU64::new(0),
+                buffers: Arc::default(),
                 _lock: lock,
             }),
         };
@@ -366,6 +369,13 @@ impl Store {
     }
 
     // ---- snapshots
+
+    /// A buffer for [`memory::capture`], whose memory was used before if possible: a freeze does
+    /// not wait for pages to be zeroed then. Drop it, or what was captured in it, to give it back.
+    #[must_use]
+    pub fn buffer(&self) -> memory::Buffer {
+        self.inner.buffers.buffer()
+    }
 
     /// Begins a snapshot: an empty directory that becomes one by [`Draft::publish`].
     ///

@@ -1,6 +1,11 @@
 //! A large buffer that is kept, so that its pages are there when a VM waits for them.
 
-use std::{ffi::c_void, io, ptr::NonNull};
+use std::{
+    ffi::c_void,
+    io,
+    ptr::NonNull,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
@@ -12,7 +17,56 @@ const STEP: usize = 2 << 20;
 /// faulted in again during the next freeze.
 #[derive(Debug, Default)]
 pub struct Buffer {
-    map: Option<(NonNull<c_void>, usize)>,
+    map: Option<Mapping>,
+    /// Where its memory goes when it is dropped.
+    home: Weak<Pool>,
+}
+
+/// Address and length of anonymous memory.
+type Mapping = (NonNull<c_void>, usize);
+
+/// Memory of buffers that were dropped, for the buffers to come.
+#[derive(Debug, Default)]
+pub(crate) struct Pool(Mutex<Vec<Mapping>>);
+
+// SAFETY: each mapping is plain memory that nothing but the pool knows of.
+unsafe impl Send for Pool {}
+// SAFETY: they are only touched under the lock.
+unsafe impl Sync for Pool {}
+
+/// How many mappings a pool keeps, and how large each may be. Sandboxes that are idle have written
+/// some 10 MB; what a freeze of larger ones gains is not worth keeping more from everybody else.
+const KEPT: usize = 2;
+const KEPT_BYTES: usize = 64 << 20;
+
+impl Pool {
+    /// A buffer whose memory comes from here and returns to here.
+    pub(crate) fn buffer(self: &Arc<Self>) -> Buffer {
+        let map = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Buffer {
+            map,
+            home: Arc::downgrade(self),
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        for mapping in self
+            .0
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .drain(..)
+        {
+            unmap(mapping);
+        }
+    }
+}
+
+fn unmap((start, len): Mapping) {
+    // SAFETY: whoever calls this owns the mapping and forgets it; no slice of it outlives a borrow
+    // of the buffer that it belonged to.
+    let _ = unsafe { munmap(start.as_ptr(), len) };
 }
 
 // SAFETY: the mapping is owned by this value alone and is plain memory; no thread has a special
@@ -88,15 +142,22 @@ impl Buffer {
     }
 
     fn release(&mut self) {
-        if let Some((start, len)) = self.map.take() {
-            // SAFETY: the mapping is ours, and no slice of it outlives a borrow of `self`.
-            let _ = unsafe { munmap(start.as_ptr(), len) };
+        if let Some(mapping) = self.map.take() {
+            unmap(mapping);
         }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if self.capacity() <= KEPT_BYTES
+            && let Some(pool) = self.home.upgrade()
+        {
+            let mut kept = pool.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if kept.len() < KEPT {
+                kept.extend(self.map.take());
+            }
+        }
         self.release();
     }
 }
@@ -116,5 +177,34 @@ mod tests {
         buffer.prepare(STEP + 1).unwrap()[STEP] = 9;
         assert_eq!(buffer.capacity(), 2 * STEP);
         assert_eq!(buffer.bytes(usize::MAX).len(), 2 * STEP);
+    }
+
+    #[test]
+    fn memory_returns_to_the_pool_it_came_from() {
+        let pool = Arc::new(Pool::default());
+        let mut first = pool.buffer();
+        first.prepare(10).unwrap().fill(7);
+        let address = first.bytes(10).as_ptr();
+        drop(first);
+        let again = pool.buffer();
+        assert_eq!(
+            (again.capacity(), again.bytes(10).as_ptr()),
+            (STEP, address)
+        );
+        let mut others = [(); KEPT + 1].map(|()| pool.buffer());
+        for buffer in &mut others {
+            assert_eq!(buffer.capacity(), 0);
+            buffer.prepare(1).unwrap();
+        }
+        others[0].prepare(KEPT_BYTES + 1).unwrap();
+        drop(others);
+        assert_eq!(
+            pool.0.lock().unwrap().len(),
+            KEPT,
+            "no more, and none that is too large"
+        );
+        assert!(pool.0.lock().unwrap().iter().all(|(_, len)| *len == STEP));
+        drop(pool);
+        drop(again);
     }
 }

@@ -18,6 +18,7 @@ mod image;
 mod scan;
 
 pub use buffer::Buffer;
+pub(crate) use buffer::Pool;
 pub use capture::{Dirty, capture, capture_all};
 pub use image::{is_zero, write_image};
 use serde::{Deserialize, Serialize};
