@@ -87,7 +87,7 @@ impl Guest<'_> {
             .body(full_body(envelope(message.as_bytes())))
             .map_err(|error| failed(error.to_string()))?;
         let run = async {
-            let response = self.link.request(request).await?;
+            let response = self.link.call(request).await?;
             let status = response.status();
             let body = self.read("POST /process.Process/Start", response).await?;
             if status != StatusCode::OK {
@@ -107,7 +107,7 @@ impl Guest<'_> {
         let mut request = Request::new(empty_body());
         *request.uri_mut() = http::Uri::from_static(path);
         let answered = async {
-            let response = self.link.request(request).await?;
+            let response = self.link.call(request).await?;
             let status = response.status();
             if !status.is_success() {
                 return Err(self.unreadable(call, format!("status {status}")));

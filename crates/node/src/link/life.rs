@@ -8,7 +8,7 @@ use std::{
 
 use cubicle_ids::SandboxId;
 use cubicle_protocol::{
-    ENVD_AUTHORITY,
+    HOST_AUTHORITY,
     channel::{self, CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, Nonce, STREAM_WINDOW},
     guest_api::{Entropy, INIT_PATH, InitRequest, InitResponse, Timestamp},
 };
@@ -177,7 +177,7 @@ impl Life {
         let body = serde_json::to_vec(&init).map_err(|error| unreadable(error.to_string()))?;
         let request = Request::builder()
             .method(Method::POST)
-            .uri(format!("http://{ENVD_AUTHORITY}{INIT_PATH}"))
+            .uri(format!("http://{HOST_AUTHORITY}{INIT_PATH}"))
             .header(header::CONTENT_TYPE, "application/json")
             .body(outgoing(full_body(body)))
             .map_err(|error| unreadable(error.to_string()))?;

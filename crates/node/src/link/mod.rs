@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_protocol::{
-    ENVD_AUTHORITY, ERROR_HEADER, ERROR_PORT_CLOSED,
+    ENVD_AUTHORITY, ERROR_HEADER, ERROR_PORT_CLOSED, HOST_AUTHORITY,
     guest_api::{InitRequest, InitResponse},
 };
 use cubicle_vmm::Vm;
@@ -159,9 +159,23 @@ impl Link {
         }
     }
 
-    /// Sends an envd request. Its `Host` and scheme are replaced; everything else arrives as it is.
-    pub(crate) async fn request(&self, mut request: Request<Body>) -> Result<Response<Body>> {
-        envd_uri(&mut request);
+    /// Forwards an envd request. Its `Host` and scheme are replaced; everything else arrives as it
+    /// is.
+    pub(crate) async fn request(&self, request: Request<Body>) -> Result<Response<Body>> {
+        self.request_as(ENVD_AUTHORITY, request).await
+    }
+
+    /// Sends a request of the node's own.
+    pub(crate) async fn call(&self, request: Request<Body>) -> Result<Response<Body>> {
+        self.request_as(HOST_AUTHORITY, request).await
+    }
+
+    async fn request_as(
+        &self,
+        authority: &'static str,
+        mut request: Request<Body>,
+    ) -> Result<Response<Body>> {
+        set_authority(&mut request, authority);
         let response = self.send(request.map(outgoing)).await?;
         Ok(response.map(|body| {
             body.map_err(|error| Box::new(error) as BoxError)
@@ -297,11 +311,11 @@ impl Link {
     }
 }
 
-/// Gives `request` the authority of the guest daemon and keeps its path and query.
-fn envd_uri(request: &mut Request<Body>) {
+/// Gives `request` another authority and keeps its path and query.
+fn set_authority(request: &mut Request<Body>, authority: &'static str) {
     let mut parts = uri::Parts::default();
     parts.scheme = Some(uri::Scheme::HTTP);
-    parts.authority = Some(uri::Authority::from_static(ENVD_AUTHORITY));
+    parts.authority = Some(uri::Authority::from_static(authority));
     parts.path_and_query = Some(
         request
             .uri()

@@ -19,14 +19,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use cubicle_cow::{
     BackingConfig, Store, StoreRoot,
     backing::{self, Closed},
 };
+use cubicle_ids::SandboxId;
 use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe, build_rootfs, prepare_kernel};
 use cubicle_net::{PoolConfig, SlotPool};
-use cubicle_node::{AdoptionReport, Node, NodeConfig, TemplateImage};
+use cubicle_node::{AdoptionReport, Node, NodeConfig, TemplateImage, full_body};
 use cubicle_vmm::{Hypervisor, VM_UID_BASE};
+use http_body_util::BodyExt as _;
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
 
@@ -246,4 +249,58 @@ fn guest_daemon() -> PathBuf {
         .unwrap();
     assert!(built.success(), "the guest daemon does not build");
     target.join(TRIPLE).join("guest/cubicle-guest")
+}
+
+/// Runs a program in a sandbox to its end and returns what it printed. Panics if it fails.
+pub async fn run(node: &Node, id: &SandboxId, program: &[&str]) -> String {
+    let (code, output) = try_run(node, id, program).await;
+    assert_eq!(code, 0, "{program:?} printed {output}");
+    output
+}
+
+/// Runs a program in a sandbox as `user`; its exit code and all that it printed.
+pub async fn try_run(node: &Node, id: &SandboxId, program: &[&str]) -> (i64, String) {
+    let message = serde_json::json!({
+        "process": { "cmd": program[0], "args": program[1..] },
+        "stdin": false,
+    });
+    let message = message.to_string();
+    let mut framed = vec![0];
+    framed.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+    framed.extend_from_slice(message.as_bytes());
+    let request = http::Request::post("/process.Process/Start")
+        .header("content-type", "application/connect+json")
+        .header("connect-protocol-version", "1")
+        .header(
+            "authorization",
+            format!("Basic {}", BASE64_STANDARD.encode("user:")),
+        )
+        .body(full_body(framed))
+        .unwrap();
+    let response = node.request(id, request).await.unwrap();
+    assert_eq!(response.status(), 200);
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let (mut rest, mut output, mut code) = (&body[..], Vec::new(), None);
+    while let Some((head, tail)) = rest.split_first_chunk::<5>() {
+        let len = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
+        let message: serde_json::Value = serde_json::from_slice(&tail[..len]).unwrap();
+        rest = &tail[len..];
+        for stream in ["stdout", "stderr"] {
+            if let Some(data) = message.pointer(&format!("/event/data/{stream}")) {
+                output.extend(BASE64_STANDARD.decode(data.as_str().unwrap()).unwrap());
+            }
+        }
+        if let Some(end) = message.pointer("/event/end") {
+            code = Some(
+                end.get("exitCode")
+                    .and_then(serde_json::Value::as_i64)
+                    .unwrap_or(0),
+            );
+        }
+        assert!(message.get("error").is_none(), "{message}");
+    }
+    (
+        code.expect("the end of the program is told"),
+        String::from_utf8(output).unwrap(),
+    )
 }
