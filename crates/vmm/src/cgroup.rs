@@ -128,7 +128,7 @@ impl Cgroups {
             }
         }
         let layout = if trees.is_empty() {
-            for mount in mounts.iter().filter(|mount| !mount.unified) {
+            for mount in mounts {
                 match open_tree(mount) {
                     Ok(tree) => trees.extend(tree),
                     Err(reason) => {
@@ -136,7 +136,7 @@ impl Cgroups {
                     }
                 }
             }
-            if trees.is_empty() {
+            if trees.iter().all(|tree| tree.controllers.is_empty()) {
                 Layout::None
             } else {
                 Layout::PerController
@@ -322,9 +322,20 @@ fn controllers(list: &str, separator: char) -> Vec<Controller> {
     Controller::ALL.into_iter().filter(has).collect()
 }
 
+/// Opens a tree of the older layout: one with a controller of ours, or one that service managers
+/// use to find the processes of a service, which a VM must leave to outlive its server.
 fn open_tree(mount: &Mount) -> Result<Option<Tree>, String> {
-    let controllers = controllers(&mount.options, ',');
-    if controllers.is_empty() {
+    let controllers = if mount.unified {
+        Vec::new()
+    } else {
+        controllers(&mount.options, ',')
+    };
+    let tracks = mount.unified
+        || mount
+            .options
+            .split(',')
+            .any(|option| option == "name=systemd");
+    if controllers.is_empty() && !tracks {
         return Ok(None);
     }
     let parent = mount.at.join(PARENT);
@@ -332,7 +343,7 @@ fn open_tree(mount: &Mount) -> Result<Option<Tree>, String> {
         .map_err(|error| format!("could not create {}: {error}", parent.display()))?;
     Ok(Some(Tree {
         parent,
-        unified: false,
+        unified: mount.unified,
         controllers,
     }))
 }

@@ -128,12 +128,6 @@ pub async fn probe(config: &ProbeConfig) -> Result<Verdict> {
     Ok(cached.verdict)
 }
 
-/// The verdict of the last probe, whether or not its conditions still hold.
-#[must_use]
-pub fn last_verdict(cache: &Path) -> Option<Verdict> {
-    read_cache(cache).map(|cached| cached.verdict)
-}
-
 /// What rules KVM out without trying.
 fn obstacle() -> Option<String> {
     let device = fs::OpenOptions::new()

@@ -51,13 +51,17 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Watches a child of ours just spawned.
+    /// Watches a child of ours just spawned. On failure it is killed and reaped.
     ///
     /// # Errors
     /// When /proc does not tell its start time or the descriptor cannot be watched.
     pub(crate) fn child(pid: i32, pidfd: OwnedFd) -> io::Result<Self> {
-        let start_time = start_time(pid)?.ok_or(io::ErrorKind::NotFound)?;
-        Self::watch(pid, start_time, pidfd)
+        let child = ChildGuard(Some(pidfd.try_clone()?));
+        // It may have ended already, but is there until it is reaped.
+        let stat = stat(pid)?.ok_or(io::ErrorKind::NotFound)?;
+        let process = Self::watch(pid, stat.start_time, pidfd)?;
+        child.keep();
+        Ok(process)
     }
 
     /// Finds the process that has this pid and was started at this time; `None` if it is gone.
@@ -162,32 +166,64 @@ fn describe(status: &WaitIdStatus) -> Exit {
     }
 }
 
-/// When a process was started, in clock ticks since boot; `None` if it is gone or a zombie.
-pub(crate) fn start_time(pid: i32) -> io::Result<Option<u64>> {
+/// A child that nobody watches yet: killed and reaped when dropped.
+struct ChildGuard(Option<OwnedFd>);
+
+impl ChildGuard {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for ChildGuard {
+    fn drop(&mut self) {
+        if let Some(pidfd) = &self.0 {
+            let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+            let id = rustix::process::WaitId::PidFd(pidfd.as_fd());
+            let _ = rustix::process::waitid(id, WaitIdOptions::EXITED);
+        }
+    }
+}
+
+/// What /proc/PID/stat tells, as far as it matters here.
+#[derive(Debug, PartialEq, Eq)]
+struct Stat {
+    /// It has ended and waits to be reaped.
+    ended: bool,
+    /// In clock ticks since boot.
+    start_time: u64,
+}
+
+/// `None`: there is no such process.
+fn stat(pid: i32) -> io::Result<Option<Stat>> {
     let path = PathBuf::from(format!("/proc/{pid}/stat"));
-    let stat = match fs::read_to_string(path) {
-        Ok(stat) => stat,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    parse_start_time(&stat)
+    match fs::read_to_string(path) {
+        Ok(stat) => parse_stat(&stat).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The program name, field 2, may hold spaces and parentheses: fields are counted from the last
 /// `)`. State is field 3, the start time field 22.
-fn parse_start_time(stat: &str) -> io::Result<Option<u64>> {
+fn parse_stat(stat: &str) -> io::Result<Stat> {
     let invalid = || io::Error::new(io::ErrorKind::InvalidData, "unexpected /proc/PID/stat");
     let (_, fields) = stat.rsplit_once(')').ok_or_else(invalid)?;
     let mut fields = fields.split_ascii_whitespace();
-    if matches!(fields.next().ok_or_else(invalid)?, "Z" | "X" | "x") {
-        return Ok(None);
-    }
-    fields
+    let ended = matches!(fields.next().ok_or_else(invalid)?, "Z" | "X" | "x");
+    let start_time = fields
         .nth(18)
         .and_then(|field| field.parse().ok())
-        .ok_or_else(invalid)
-        .map(Some)
+        .ok_or_else(invalid)?;
+    Ok(Stat { ended, start_time })
+}
+
+/// When a process was started, in clock ticks since boot; `None` if it is gone or a zombie.
+fn start_time(pid: i32) -> io::Result<Option<u64>> {
+    Ok(stat(pid)?
+        .filter(|stat| !stat.ended)
+        .map(|stat| stat.start_time))
 }
 
 /// Identifies this boot of the host: pids and start times mean nothing after another.
@@ -225,10 +261,16 @@ mod tests {
     fn a_program_name_cannot_shift_the_fields() {
         let tail = "0 ".repeat(18);
         let stat = format!("7 (a) S ) Z) S {tail}4242 0 0");
-        assert_eq!(parse_start_time(&stat).unwrap(), Some(4242));
+        assert_eq!(
+            parse_stat(&stat).unwrap(),
+            Stat {
+                ended: false,
+                start_time: 4242
+            }
+        );
         let zombie = format!("7 (a) Z {tail}4242 0 0");
-        assert_eq!(parse_start_time(&zombie).unwrap(), None);
-        assert!(parse_start_time("7 (a) S 1 2").is_err());
+        assert!(parse_stat(&zombie).unwrap().ended);
+        assert!(parse_stat("7 (a) S 1 2").is_err());
     }
 
     #[test]
@@ -237,6 +279,25 @@ mod tests {
         assert!(start_time(own).unwrap().is_some());
         assert_eq!(start_time(i32::MAX).unwrap(), None);
         assert!(cpu_time_us(own).is_ok());
+    }
+
+    #[test]
+    #[allow(
+        clippy::zombie_processes,
+        reason = "that there is none is what is tested"
+    )]
+    fn a_child_that_nobody_watches_is_reaped() {
+        let child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let raw = Pid::from_raw(pid).unwrap();
+        let pidfd = rustix::process::pidfd_open(raw, PidfdFlags::empty()).unwrap();
+        // Outside of a runtime, a process cannot be watched.
+        let outcome = std::panic::catch_unwind(|| Process::child(pid, pidfd));
+        assert!(!matches!(outcome, Ok(Ok(_))));
+        assert_eq!(stat(pid).unwrap(), None);
     }
 
     #[tokio::test]

@@ -157,12 +157,21 @@ impl Limits {
     /// Upper bound of the cache of translated code under software emulation, in MiB.
     pub const JIT_CACHE_MIB: u32 = 256;
 
-    /// What a VM of this shape needs and no more: its CPUs, its memory plus
-    /// [`OVERHEAD_MIB`](Self::OVERHEAD_MIB), a thread per CPU and a pool for disk requests.
+    /// CPU time that the VM process may use on top of its CPUs', in thousandths of a core: device
+    /// models and disk requests run beside the guest. Without it, a guest that computes on all its
+    /// CPUs is stopped for its own disk's sake.
+    pub const OVERHEAD_CPU_MILLIS: u32 = 250;
+
+    /// What a VM of this shape needs and no more: its CPUs, its memory, what the process needs
+    /// on top of each ([`OVERHEAD_CPU_MILLIS`](Self::OVERHEAD_CPU_MILLIS),
+    /// [`OVERHEAD_MIB`](Self::OVERHEAD_MIB)), a thread per CPU and a pool for disk requests.
     #[must_use]
     pub fn for_shape(cpus: u32, memory_mib: u32) -> Self {
         Self {
-            cpu_millis: Some(cpus.saturating_mul(1000)),
+            cpu_millis: Some(
+                cpus.saturating_mul(1000)
+                    .saturating_add(Self::OVERHEAD_CPU_MILLIS),
+            ),
             memory_mib: Some(memory_mib.saturating_add(Self::OVERHEAD_MIB)),
             pids: Some(cpus.saturating_add(96)),
         }

@@ -226,6 +226,70 @@ async fn its_process_can_reach_nothing() {
     assert_gone(&record);
 }
 
+/// What a program that took over QEMU could see and do, tried by a thread of ours that enters the
+/// VM's root and becomes its user.
+#[tokio::test(flavor = "multi_thread")]
+async fn its_user_sees_itself_and_writes_nothing() {
+    let (driver, dir) = (driver().await, Dir::new());
+    let vm = driver
+        .launch(dir.spec(template().await.boot()))
+        .await
+        .unwrap();
+    let record = vm.record();
+    let (pid, uid) = (record.pid, record.uid);
+    let intruder = std::thread::spawn(move || {
+        let root = fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
+        // SAFETY: the flag leaves the descriptor table shared; the other calls take numbers only.
+        unsafe {
+            rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS).unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&root);
+            assert_eq!(libc::setns(fd, libc::CLONE_NEWNS), 0);
+            // The C library's functions would change the user of every thread.
+            assert_eq!(libc::syscall(libc::SYS_setgroups, 0, 0), 0);
+            assert_eq!(libc::syscall(libc::SYS_setresgid, uid, uid, uid), 0);
+            assert_eq!(libc::syscall(libc::SYS_setresuid, uid, uid, uid), 0);
+        }
+        let numbers = |entry: std::io::Result<fs::DirEntry>| {
+            entry.ok()?.file_name().to_str()?.parse::<i32>().ok()
+        };
+        let seen: Vec<i32> = fs::read_dir("/proc").unwrap().filter_map(numbers).collect();
+        let places = [
+            "/x",
+            "/dev/x",
+            "/etc/x",
+            "/usr/lib/x",
+            "/proc/x",
+            "/tmp/x",
+            "/dev/shm/x",
+        ];
+        let written: Vec<&str> = places
+            .into_iter()
+            .filter(|place| fs::write(place, "x").is_ok())
+            .collect();
+        let reached: Vec<&str> = [
+            "/etc/shadow",
+            "/etc/passwd",
+            "/root",
+            "/proc/1/environ",
+            "/sys",
+        ]
+        .into_iter()
+        .filter(|place| fs::metadata(place).is_ok())
+        .collect();
+        (seen, written, reached)
+    });
+    let (seen, written, reached) = intruder.join().unwrap();
+    // The intruder always sees the process that it is a thread of.
+    let own = i32::try_from(std::process::id()).unwrap();
+    assert!(
+        seen.iter().all(|seen| [pid, own].contains(seen)),
+        "{seen:?} besides {pid}"
+    );
+    assert_eq!((written, reached), (vec![], vec![]));
+    vm.kill().await.unwrap();
+    assert_gone(&record);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_end_of_a_guest_is_noticed() {
     let (driver, dir) = (driver().await, Dir::new());

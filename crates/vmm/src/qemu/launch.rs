@@ -221,12 +221,7 @@ fn spawn(host: &Host, spec: &VmSpec, fds: &Descriptors, output: BorrowedFd<'_>) 
     };
     let (pid, pidfd) =
         confine::spawn(&plan).map_err(|failure| failed(failure.step, failure.source))?;
-    Process::child(pid, pidfd).map_err(|source| {
-        // Only this pid is known of it, and it cannot have been reused: it was not reaped.
-        // SAFETY: sending a signal touches no memory of ours.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
-        failed("watch its process", source)
-    })
+    Process::child(pid, pidfd).map_err(|source| failed("watch its process", source))
 }
 
 /// Waits until QEMU has come up and the guest is loaded, moving it into its cgroup meanwhile.

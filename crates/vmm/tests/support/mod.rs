@@ -294,7 +294,7 @@ fn processes_of(uid: u32) -> Vec<i32> {
 }
 
 fn cgroups_of(id: &str) -> Vec<PathBuf> {
-    let trees = ["cpu", "memory", "pids", "unified", ""].into_iter();
+    let trees = ["cpu", "memory", "pids", "systemd", "unified", ""].into_iter();
     let paths = trees.map(|tree| {
         Path::new("/sys/fs/cgroup")
             .join(tree)
