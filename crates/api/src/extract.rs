@@ -5,7 +5,7 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Path, Request},
 };
 use cubicle_ids::SandboxId;
-use http::{StatusCode, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, request::Parts};
 use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -261,6 +261,18 @@ impl Query {
             .map(Some)
             .map_err(|_| ApiError::field(name, "is a time beyond the calendar"))
     }
+}
+
+/// The header that says where the next page begins. The last page has none: clients take an empty
+/// one for a token.
+pub(crate) fn next_page(token: Option<&impl std::fmt::Display>) -> HeaderMap {
+    // Tokens are ids and base64, so they always fit in a header.
+    let value = token.and_then(|token| HeaderValue::try_from(token.to_string()).ok());
+    let name = HeaderName::from_static("x-next-token");
+    value
+        .into_iter()
+        .map(|value| (name.clone(), value))
+        .collect()
 }
 
 #[cfg(test)]

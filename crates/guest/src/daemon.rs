@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     access::State,
-    channel::{self, Port},
+    channel::{self, Doors, Port},
     http::Api,
     journal::{Journal, Level},
     process::Processes,
@@ -79,11 +79,15 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
         .map_err(Error::Runtime)?;
     runtime.block_on(async {
         let services = Services::new();
-        tokio::spawn(listen(services.public, services.journal));
+        tokio::spawn(listen(services.public.clone(), services.journal));
         match port {
             Some(port) => {
                 let port = Port::new(port).map_err(Error::Channel)?;
-                channel::serve(port, services.host)
+                let doors = Doors {
+                    host: services.host,
+                    public: services.public,
+                };
+                channel::serve(port, doors)
                     .await
                     .map_err(Error::Channel)
             }

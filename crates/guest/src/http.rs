@@ -54,15 +54,7 @@ impl Api {
 
     /// What everybody may ask for who has the access token.
     pub fn public_router(&self) -> Router {
-        Router::new()
-            .route("/health", get(system::health))
-            .route("/metrics", get(system::metrics))
-            .route("/envs", get(system::envs))
-            .route("/files", get(files::download).post(files::upload))
-            .route("/files/compose", post(files::compose))
-            .method_not_allowed_fallback(wrong_method)
-            .fallback(rpc_or_nothing)
-            .with_state(self.clone())
+        self.routes()
             .layer(middleware::from_fn_with_state(
                 Arc::clone(&self.state),
                 access::require_token,
@@ -76,15 +68,27 @@ impl Api {
             )
     }
 
-    /// The same, and what only the host may ask for, which needs no token. Whoever forwards
-    /// requests of others to this router must keep the latter out.
+    /// The same without a token, and what only the host may ask for. Requests of others must not
+    /// get here.
     pub fn host_router(&self) -> Router {
         Router::new()
             .route(guest_api::INIT_PATH, post(system::init))
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MAX_MESSAGE_SIZE))
             .with_state(self.clone())
-            .merge(self.public_router())
+            .merge(self.routes())
+    }
+
+    fn routes(&self) -> Router {
+        Router::new()
+            .route("/health", get(system::health))
+            .route("/metrics", get(system::metrics))
+            .route("/envs", get(system::envs))
+            .route("/files", get(files::download).post(files::upload))
+            .route("/files/compose", post(files::compose))
+            .method_not_allowed_fallback(wrong_method)
+            .fallback(rpc_or_nothing)
+            .with_state(self.clone())
     }
 }
 

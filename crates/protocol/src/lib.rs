@@ -33,8 +33,12 @@ pub const INTERPRETER_PORT: u16 = 49999;
 /// shows it inside the guest.
 pub const CHANNEL_PORT_NAME: &str = "cubicle.channel";
 
-/// `:authority` of envd requests on the channel.
+/// `:authority` of envd requests on the channel that the host forwards for others.
 pub const ENVD_AUTHORITY: &str = "envd";
+
+/// `:authority` of the host's own requests on the channel. They may ask for what nobody else may,
+/// and need no token; no request of others is ever given this authority.
+pub const HOST_AUTHORITY: &str = "host";
 
 /// Name of the header by which the guest says why it refused a `CONNECT`.
 pub const ERROR_HEADER: &str = "cubicle-error";

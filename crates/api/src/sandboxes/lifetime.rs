@@ -6,7 +6,7 @@ use axum::{Json, extract::State};
 use cubicle_control::sandbox::Lifetime;
 use http::StatusCode;
 
-use super::model::{ConnectBody, ConnectBodyV2, RefreshBody, SandboxBody, TimeoutBody};
+use super::model::{ConnectBody, RefreshBody, SandboxBody, TimeoutBody};
 use crate::{
     AppState,
     error::{ApiError, ApiResult, ErrorBody},
@@ -91,7 +91,8 @@ pub(crate) async fn refresh(
 
 /// Connect to a sandbox
 ///
-/// Returns what a client needs in order to use it, and gives it at least `timeout` from now.
+/// Returns what a client needs in order to use it, and gives it at least `timeout` from now; 300
+/// seconds if that is left out.
 #[utoipa::path(
     post, path = "/sandboxes/{sandboxID}/connect", tag = "sandboxes", request_body = ConnectBody,
     params(("sandboxID" = String, Path)),
@@ -104,20 +105,20 @@ pub(crate) async fn refresh(
 pub(crate) async fn connect_v1(
     State(state): State<AppState>,
     SandboxPath(id): SandboxPath,
-    JsonBody(body): JsonBody<ConnectBody>,
+    OptionalJsonBody(body): OptionalJsonBody<ConnectBody>,
 ) -> ApiResult<Json<SandboxBody>> {
-    let lifetime = Lifetime::from_seconds("timeout", body.timeout)?;
+    let seconds = body.timeout.unwrap_or(CONNECT_TIMEOUT);
+    let lifetime = Lifetime::from_seconds("timeout", seconds)?;
     let sandbox = state.control.sandboxes.connect(&id, lifetime).await?;
     Ok(Json(SandboxBody::new(&state, &sandbox)))
 }
 
 /// Connect to a sandbox
 ///
-/// Returns what a client needs in order to use it, and gives it at least `timeout` from now; 300
-/// seconds if that is left out.
+/// The same as without `/v2`.
 #[utoipa::path(
     post, path = "/v2/sandboxes/{sandboxID}/connect", tag = "sandboxes",
-    request_body = ConnectBodyV2, params(("sandboxID" = String, Path)),
+    request_body = ConnectBody, params(("sandboxID" = String, Path)),
     responses(
         (status = 200, body = SandboxBody, description = "It runs"),
         (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
@@ -127,9 +128,7 @@ pub(crate) async fn connect_v1(
 pub(crate) async fn connect_v2(
     state: State<AppState>,
     id: SandboxPath,
-    OptionalJsonBody(body): OptionalJsonBody<ConnectBodyV2>,
+    body: OptionalJsonBody<ConnectBody>,
 ) -> ApiResult<Json<SandboxBody>> {
-    let ConnectBodyV2 { timeout, memory } = body;
-    let timeout = timeout.unwrap_or(CONNECT_TIMEOUT);
-    connect_v1(state, id, JsonBody(ConnectBody { timeout, memory })).await
+    connect_v1(state, id, body).await
 }

@@ -308,25 +308,15 @@ pub(crate) struct RefreshBody {
 }
 
 /// How to connect to a sandbox.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(default)]
 pub(crate) struct ConnectBody {
-    /// Seconds from now that it has at least; -1 is for ever.
-    pub(crate) timeout: i64,
+    /// Seconds from now that it has at least, 300 if left out; -1 is for ever.
+    pub(crate) timeout: Option<i64>,
     /// Whether to resume with its memory, if it is paused.
-    #[serde(default)]
     #[allow(
         dead_code,
         reason = "a question for a paused sandbox only, but the type is checked"
     )]
-    pub(crate) memory: Option<bool>,
-}
-
-/// How to connect to a sandbox.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(default)]
-pub(crate) struct ConnectBodyV2 {
-    /// Seconds from now that it has at least, 300 if left out; -1 is for ever.
-    pub(crate) timeout: Option<i64>,
-    /// Whether to resume with its memory, if it is paused.
     pub(crate) memory: Option<bool>,
 }

@@ -1,11 +1,12 @@
 //! Sandboxes, looked at.
 
-use axum::{Json, extract::State, response::AppendHeaders};
+use axum::{Json, extract::State};
 use cubicle_control::{
     fleet::Level,
     lifecycle::Visible,
     sandbox::{Cursor, ListQuery, LogQuery, MAX_LOG_PAGE, MAX_PAGE, Order},
 };
+use http::HeaderMap;
 
 use super::model::{
     ListedSandbox, SandboxDetail, SandboxLogs, SandboxLogsV2, SandboxMetric, SandboxesWithMetrics,
@@ -13,14 +14,11 @@ use super::model::{
 use crate::{
     AppState,
     error::{ApiError, ApiResult, ErrorBody},
-    extract::{Query, SandboxPath, sandbox_id},
+    extract::{Query, SandboxPath, next_page, sandbox_id},
     filter,
 };
 
 const MAX_SEARCH: usize = 256;
-
-/// Headers of a page.
-type Paged = AppendHeaders<[(&'static str, String); 2]>;
 
 /// Get a sandbox
 #[utoipa::path(
@@ -67,7 +65,7 @@ pub(crate) async fn list_running(
 
 /// List sandboxes, page by page
 ///
-/// The header `X-Next-Token` is what to send as `nextToken`; it is empty on the last page.
+/// The header `X-Next-Token` is what to send as `nextToken`; the last page has none.
 #[utoipa::path(
     get, path = "/v2/sandboxes", tag = "sandboxes",
     params(
@@ -89,24 +87,18 @@ pub(crate) async fn list_running(
 pub(crate) async fn list(
     State(state): State<AppState>,
     query: Query,
-) -> ApiResult<(Paged, Json<Vec<ListedSandbox>>)> {
+) -> ApiResult<(HeaderMap, Json<Vec<ListedSandbox>>)> {
     let parsed = parse_list(&query)?;
     let page = state.control.sandboxes.list(&parsed).await?;
     let running = state.control.sandboxes.counts()["running"];
-    let next = page
-        .next
-        .map(|cursor| cursor.to_string())
-        .unwrap_or_default();
-    let headers = [
-        ("x-next-token", next),
-        ("x-total-running", running.to_string()),
-    ];
+    let mut headers = next_page(page.next.as_ref());
+    headers.insert("x-total-running", running.into());
     let items = page
         .items
         .iter()
         .map(|sandbox| ListedSandbox::new(&state, sandbox))
         .collect();
-    Ok((AppendHeaders(headers), Json(items)))
+    Ok((headers, Json(items)))
 }
 
 fn parse_list(query: &Query) -> ApiResult<ListQuery> {

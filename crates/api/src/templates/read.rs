@@ -1,11 +1,11 @@
 //! Templates, looked at, changed and deleted.
 
-use axum::{Json, extract::State, response::AppendHeaders};
+use axum::{Json, extract::State};
 use cubicle_control::{
     fleet::Level,
     template::{BuildLine, Template},
 };
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 
 use super::model::{
     AliasBody, BuildInfo, BuildLogs, BuildReason, TemplateBody, TemplateBuildBody, TemplateUpdate,
@@ -14,7 +14,7 @@ use super::model::{
 use crate::{
     AppState,
     error::{ApiError, ApiResult, ErrorBody},
-    extract::{JsonBody, Query, Segment, Segments},
+    extract::{JsonBody, Query, Segment, Segments, next_page},
 };
 
 const MAX_PAGE: u64 = 100;
@@ -49,7 +49,7 @@ pub(crate) async fn list_v2(
     State(state): State<AppState>,
     query: Query,
 ) -> ApiResult<(
-    AppendHeaders<[(&'static str, String); 1]>,
+    AppendHeaders<Option<(&'static str, String)>>,
     Json<Vec<TemplateBody>>,
 )> {
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(MAX_PAGE);
@@ -65,11 +65,9 @@ pub(crate) async fn list_v2(
     let more = templates.len() > limit;
     templates.truncate(limit);
     let last = templates.last().filter(|_| more);
-    let next = last
-        .map(|template| template.id.to_string())
-        .unwrap_or_default();
+    let headers = next_page(last.map(|template| &template.id));
     let page = templates.iter().filter_map(TemplateBody::new).collect();
-    Ok((AppendHeaders([("x-next-token", next)]), Json(page)))
+    Ok((AppendHeaders(next), Json(page)))
 }
 
 /// List the templates that this server comes with

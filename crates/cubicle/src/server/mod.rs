@@ -1,6 +1,7 @@
 //! The server: every part put together in one process, and taken apart again in order.
 
 mod fleet;
+mod listener;
 mod routes;
 mod selfcheck;
 
@@ -33,6 +34,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 pub(crate) use self::selfcheck::{SelfCheck, self_check};
 use self::{
     fleet::{Facts, Images, NodeFleet},
+    listener::Listener,
     routes::SandboxRoutes,
 };
 use crate::{
@@ -304,7 +306,7 @@ impl Server {
                 // An error means that the sender is gone, which is the end, too.
                 let _ = closed.wait_for(|closing| *closing).await;
             };
-            if let Err(error) = axum::serve(listener, router)
+            if let Err(error) = axum::serve(Listener(listener), router)
                 .with_graceful_shutdown(stop)
                 .await
             {

@@ -19,7 +19,10 @@ mod tests;
 use std::{convert::Infallible, future::poll_fn, io, pin::pin, task::Poll};
 
 use axum::{Router, body::Body};
-use cubicle_protocol::channel::{CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, STREAM_WINDOW};
+use cubicle_protocol::{
+    HOST_AUTHORITY,
+    channel::{CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, STREAM_WINDOW},
+};
 use http::{Method, Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioIo;
@@ -36,11 +39,20 @@ const SEND_BUFFER: usize = 256 << 10;
 /// against strangers; the host is none, and gives up many at once when a client goes away.
 const MAX_ABANDONED: usize = 16_384;
 
+/// What is served on the channel: requests say by their authority which of the two they are for.
+#[derive(Clone)]
+pub struct Doors {
+    /// For the host's own requests.
+    pub host: Router,
+    /// For requests that the host forwards.
+    pub public: Router,
+}
+
 /// Serves one life after another until the port fails.
 ///
 /// # Errors
 /// What the kernel said when the port could not be read or written.
-pub async fn serve(port: Port, router: Router) -> io::Result<Infallible> {
+pub async fn serve(port: Port, doors: Doors) -> io::Result<Infallible> {
     let mut wire = Wire::new(port);
     loop {
         let hello = wire.hello().await?;
@@ -51,8 +63,8 @@ pub async fn serve(port: Port, router: Router) -> io::Result<Infallible> {
         let executor = Executor(life);
         let requests = service_fn({
             let executor = executor.clone();
-            let router = router.clone();
-            move |request| answer(request, router.clone(), executor.clone())
+            let doors = doors.clone();
+            move |request| answer(request, doors.clone(), executor.clone())
         });
         let connection = http2::Builder::new(executor)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -95,11 +107,16 @@ where
 
 async fn answer(
     request: Request<Incoming>,
-    router: Router,
+    doors: Doors,
     executor: Executor,
 ) -> Result<Response<Body>, Infallible> {
     if request.method() == Method::CONNECT {
         return Ok(tunnel::open(request, &executor).await);
     }
-    router.oneshot(request.map(Body::new)).await
+    let own = request
+        .uri()
+        .authority()
+        .is_some_and(|authority| authority == HOST_AUTHORITY);
+    let door = if own { doors.host } else { doors.public };
+    door.oneshot(request.map(Body::new)).await
 }

@@ -28,7 +28,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Port, serve};
+use super::{Doors, Port, serve};
 
 type Sender = http2::SendRequest<Full<Bytes>>;
 
@@ -38,7 +38,7 @@ const SOON: Duration = Duration::from_secs(5);
 fn guest(router: Router) -> StdUnixStream {
     let (host, guest) = StdUnixStream::pair().unwrap();
     let port = Port::new(OwnedFd::from(guest)).unwrap();
-    tokio::spawn(async move { serve(port, router).await.map(|never| match never {}) });
+    tokio::spawn(async move { serve(port, Doors { host: router.clone(), public: router }).await.map(|never| match never {}) });
     host
 }
 
@@ -337,7 +337,7 @@ fn the_host_being_away_costs_no_time() {
         let port = Port::new(OwnedFd::from(port)).unwrap();
         drop(host);
         let before = thread_time();
-        let serving = serve(port, hello_router());
+        let serving = serve(port, Doors { host: hello_router(), public: hello_router() });
         assert!(timeout(Duration::from_secs(1), serving).await.is_err());
         let spent = thread_time() - before;
         assert!(

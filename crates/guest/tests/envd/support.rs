@@ -86,7 +86,10 @@ impl Sandbox {
         Self {
             root,
             state,
-            router: api.host_router(),
+            // As on the channel: what only the host may ask for, and everything else.
+            router: api
+                .public_router()
+                .route("/init", axum::routing::any_service(api.host_router())),
             uid,
         }
     }
