@@ -3,6 +3,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -42,7 +43,7 @@ impl Cache {
         &self,
         fingerprint: &Fingerprint,
         progress: &Progress,
-    ) -> Result<Lock> {
+    ) -> Result<Arc<Lock>> {
         let path = self.path(&format!(".{}.lock", fingerprint.short()));
         let mut waited = false;
         loop {
@@ -50,7 +51,14 @@ impl Cache {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 // The last owner removed the file after we had opened it: ours locks nothing.
                 Ok(()) if !same_file(&file, &path) => {}
-                Ok(()) => return Ok(Lock { path, _file: file }),
+                Ok(()) => {
+                    let fingerprint = fingerprint.clone();
+                    return Ok(Arc::new(Lock {
+                        fingerprint,
+                        path,
+                        _file: file,
+                    }));
+                }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
                     if !waited {
                         progress.message(Step::WAIT, "the same image is being made already");
@@ -63,14 +71,15 @@ impl Cache {
         }
     }
 
-    /// A place to make an artefact in: it is removed when dropped before it was published. The
-    /// caller holds the artefact's lock, so what is there already was left by a crash.
-    pub(crate) fn draft(&self, fingerprint: &Fingerprint, suffix: &str) -> Result<Draft> {
-        let path = self.path(&format!(".{}{suffix}.partial", fingerprint.short()));
+    /// A place to make the artefact in that the lock is for: it is removed when dropped before it
+    /// was published. What is there already was left by a crash.
+    pub(crate) fn draft(&self, lock: &Arc<Lock>, suffix: &str) -> Result<Draft> {
+        let path = self.path(&format!(".{}{suffix}.partial", lock.fingerprint.short()));
         remove(&path).during("remove what an interrupted build left")?;
         Ok(Draft {
             path,
             published: false,
+            _lock: lock.clone(),
         })
     }
 
@@ -112,9 +121,10 @@ impl Cache {
     }
 }
 
-/// The right to make one artefact; given back when dropped.
+/// The right to make one artefact; given back when it and all drafts under it are dropped.
 #[derive(Debug)]
 pub(crate) struct Lock {
+    fingerprint: Fingerprint,
     path: PathBuf,
     _file: fs_err::File,
 }
@@ -131,6 +141,9 @@ impl Drop for Lock {
 pub(crate) struct Draft {
     path: PathBuf,
     published: bool,
+    /// Held for as long as something may be written here, also by a thread that outlives the
+    /// future that began it.
+    _lock: Arc<Lock>,
 }
 
 impl Draft {
@@ -141,8 +154,11 @@ impl Draft {
     /// Gives the artefact its final name, at once and as a whole. Its data must have been synced.
     pub(crate) fn publish(mut self, to: &Path) -> Result<()> {
         let publish = || {
-            // A directory cannot be renamed over one that has something in it.
-            remove(to)?;
+            if to.is_dir() {
+                // Unlike a file, it cannot be replaced by a rename. It is not whole, or nobody
+                // would have made another one.
+                remove(to)?;
+            }
             fs_err::rename(&self.path, to)?;
             fs_err::File::open(to.parent().unwrap_or(Path::new(".")))?.sync_all()
         };
@@ -193,6 +209,10 @@ mod tests {
         Fingerprint::of_bytes(b"inputs")
     }
 
+    fn lock_name() -> String {
+        format!(".{}.lock", fingerprint().short())
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn one_builder_at_a_time() {
         let root = tempfile::tempdir().unwrap();
@@ -229,17 +249,24 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_draft_is_published_whole_or_leaves_nothing() {
+    #[tokio::test]
+    async fn a_draft_is_published_whole_or_leaves_nothing() {
         let root = tempfile::tempdir().unwrap();
         let cache = Cache::open(root.path(), "things").unwrap();
-        let draft = cache.draft(&fingerprint(), "").unwrap();
+        let lock = cache
+            .lock(&fingerprint(), &Progress::silent())
+            .await
+            .unwrap();
+        let draft = cache.draft(&lock, "").unwrap();
         fs_err::create_dir(draft.path()).unwrap();
         fs_err::write(draft.path().join("part"), "x").unwrap();
         drop(draft);
-        assert_eq!(fs_err::read_dir(cache.path("")).unwrap().count(), 0);
+        let left: Vec<_> = fs_err::read_dir(cache.path("")).unwrap().collect();
+        assert_eq!(left.len(), 1, "only the lock: {left:?}");
 
-        let draft = cache.draft(&fingerprint(), "").unwrap();
+        let draft = cache.draft(&lock, "").unwrap();
+        drop(lock);
+        assert!(cache.path(&lock_name()).exists(), "a draft keeps the lock");
         fs_err::write(draft.path(), "whole").unwrap();
         draft.publish(&cache.path("final")).unwrap();
         assert_eq!(

@@ -4,6 +4,7 @@ use std::{
     io,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     apt::{self, Host, KernelPackage},
     bzimage,
-    cache::{Cache, remove},
+    cache::{Cache, Lock},
     command::Program,
     error::{During as _, Error, Result},
     fingerprint::Fingerprint,
@@ -138,10 +139,15 @@ impl Unpacked {
 
 /// Points the link at the kernel, by a rename so that it is never absent.
 fn select(cache: &Cache, kernel: &Unpacked) -> io::Result<()> {
-    let link = cache.path(&format!(".{CURRENT}.partial"));
-    remove(&link)?;
-    fs_err::os::unix::fs::symlink(kernel.record.fingerprint.short(), &link)?;
-    fs_err::rename(link, cache.path(CURRENT))
+    let name = kernel.record.fingerprint.short();
+    let link = tempfile::Builder::new()
+        .prefix(".distribution-")
+        .make_in(cache.path(""), |path| {
+            fs_err::os::unix::fs::symlink(name, path)
+        })?;
+    link.into_temp_path()
+        .persist(cache.path(CURRENT))
+        .map_err(|error| error.error)
 }
 
 async fn from_package(cache: &Cache, name: Option<&str>, progress: &Progress) -> Result<Unpacked> {
@@ -186,12 +192,12 @@ async fn package(
     if let Some(unpacked) = Unpacked::load(&cache.path(fingerprint.short())) {
         return Ok(unpacked);
     }
-    let _lock = cache.lock(&fingerprint, progress).await?;
+    let lock = cache.lock(&fingerprint, progress).await?;
     if let Some(unpacked) = Unpacked::load(&cache.path(fingerprint.short())) {
         return Ok(unpacked);
     }
 
-    let draft = cache.draft(&fingerprint, "-package")?;
+    let draft = cache.draft(&lock, "-package")?;
     let (archives, tree) = (draft.path().join("archives"), draft.path().join("tree"));
     for (at, wanted) in [
         Some(format!("{name}={version}")),
@@ -218,9 +224,11 @@ async fn package(
     progress.done(Step::KERNEL_DOWNLOAD, format!("{name} {version}"));
 
     let image = kernel_file(&tree)?;
+    let package = Some(format!("{name} {version}"));
     let origin = Origin {
-        package: Some(format!("{name} {version}")),
+        package,
         fingerprint,
+        lock,
     };
     unpack(cache, image, Some(&tree), origin, progress).await
 }
@@ -257,13 +265,14 @@ async fn from_file(
         modules: modules.map(|directory| directory.as_os_str().as_bytes()),
     };
     let fingerprint = Fingerprint::of(&inputs);
-    let _lock = cache.lock(&fingerprint, progress).await?;
+    let lock = cache.lock(&fingerprint, progress).await?;
     match Unpacked::load(&cache.path(fingerprint.short())) {
         Some(unpacked) => Ok(unpacked),
         None => {
             let origin = Origin {
                 package: None,
                 fingerprint,
+                lock,
             };
             unpack(cache, path.to_owned(), modules, origin, progress).await
         }
@@ -273,6 +282,7 @@ async fn from_file(
 struct Origin {
     package: Option<String>,
     fingerprint: Fingerprint,
+    lock: Arc<Lock>,
 }
 
 /// Turns a kernel file and its modules into a directory of the cache. `modules` is the directory
@@ -285,7 +295,7 @@ async fn unpack(
     progress: &Progress,
 ) -> Result<Unpacked> {
     progress.message(Step::KERNEL_UNPACK, "unpacking the kernel");
-    let draft = cache.draft(&origin.fingerprint, "")?;
+    let draft = cache.draft(&origin.lock, "")?;
     let directory = cache.path(origin.fingerprint.short());
     let modules = modules.map(Path::to_owned);
     let unpacked = blocking(move || {
@@ -303,6 +313,7 @@ async fn unpack(
         let Origin {
             package,
             fingerprint,
+            ..
         } = origin;
         let names = order
             .iter()
@@ -371,23 +382,21 @@ async fn with_initramfs(
         fingerprint: fingerprint.clone(),
     };
     if !initramfs.exists() {
-        let _lock = cache.lock(&fingerprint, progress).await?;
-        let draft = cache.draft(&fingerprint, ".cpio")?;
+        let lock = cache.lock(&fingerprint, progress).await?;
+        let draft = cache.draft(&lock, ".cpio")?;
         let guest = guest.clone();
         blocking(move || {
+            // Somebody else may have been faster.
+            if initramfs.exists() {
+                return Ok(());
+            }
             let read = |file: &String| {
-                Ok((
-                    file.clone(),
-                    fs_err::read(directory.join(MODULES).join(file))?,
-                ))
+                let bytes = fs_err::read(directory.join(MODULES).join(file))?;
+                Ok((file.clone(), bytes))
             };
             let modules: io::Result<Vec<_>> = record.modules.iter().map(read).collect();
-            initramfs::write(
-                draft.path(),
-                &guest,
-                &modules.during("read the kernel's modules")?,
-            )
-            .during("write the initramfs")?;
+            let modules = modules.during("read the kernel's modules")?;
+            initramfs::write(draft.path(), &guest, &modules).during("write the initramfs")?;
             draft.publish(&initramfs)
         })
         .await?;

@@ -72,7 +72,7 @@ pub async fn build_rootfs(recipe: &Recipe, dir: &Path, progress: &Progress) -> R
     if let Some(found) = find(&cache, &fingerprint) {
         return Ok(found);
     }
-    let _lock = cache.lock(&fingerprint, progress).await?;
+    let lock = cache.lock(&fingerprint, progress).await?;
     if let Some(found) = find(&cache, &fingerprint) {
         return Ok(found);
     }
@@ -86,7 +86,7 @@ pub async fn build_rootfs(recipe: &Recipe, dir: &Path, progress: &Progress) -> R
     let tree = bootstrap(recipe, &host, &scratch, &log, progress).await?;
 
     progress.message(Step::DISK_IMAGE, "packing the disk image");
-    let draft = cache.draft(&fingerprint, ".img")?;
+    let draft = cache.draft(&lock, ".img")?;
     let bytes = u64::from(recipe.disk_mib) << 20;
     ext4::pack(
         &tree,
