@@ -24,6 +24,11 @@ const PARENT: &str = "cubicle";
 /// Accounting period of CPU limits in microseconds: the kernel's default.
 const CPU_PERIOD_US: u64 = 100_000;
 
+/// Weight of all VMs together against everything else on the host, in multiples of what a group,
+/// or a process in none, has by default. Without it, a hundred VMs would get as much of a busy
+/// processor as one process beside them.
+const PARENT_WEIGHT: u64 = 10;
+
 /// What is limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -189,6 +194,31 @@ impl Cgroups {
     }
 }
 
+/// The file that holds a group's share of a busy processor, and what to write to it for so many
+/// thousandths of the default. Both layouts have bounds.
+fn weight(millis: u64, unified: bool) -> (&'static str, String) {
+    if unified {
+        (
+            "cpu.weight",
+            (millis * 100 / 1000).clamp(1, 10_000).to_string(),
+        )
+    } else {
+        (
+            "cpu.shares",
+            (millis * 1024 / 1000).clamp(2, 262_144).to_string(),
+        )
+    }
+}
+
+/// Gives the parent of all groups its weight. A host that refuses still enforces limits.
+fn weigh(parent: &Path, unified: bool) {
+    let (file, value) = weight(PARENT_WEIGHT * 1000, unified);
+    let file = parent.join(file);
+    if let Err(error) = fs::write(&file, value) {
+        tracing::warn!(path = %file.display(), %error, "VMs have the weight of one process");
+    }
+}
+
 /// Files to write, and what.
 fn settings(tree: &Tree, limits: &Limits) -> Vec<(&'static str, String)> {
     let mut settings = Vec::new();
@@ -199,6 +229,7 @@ fn settings(tree: &Tree, limits: &Limits) -> Vec<(&'static str, String)> {
                     continue;
                 };
                 let quota = u64::from(millis.max(10)) * CPU_PERIOD_US / 1000;
+                settings.push(weight(millis.into(), unified));
                 if unified {
                     settings.push(("cpu.max", format!("{quota} {CPU_PERIOD_US}")));
                 } else {
@@ -341,6 +372,9 @@ fn open_tree(mount: &Mount) -> Result<Option<Tree>, String> {
     let parent = mount.at.join(PARENT);
     fs::create_dir_all(&parent)
         .map_err(|error| format!("could not create {}: {error}", parent.display()))?;
+    if controllers.contains(&Controller::Cpu) {
+        weigh(&parent, false);
+    }
     Ok(Some(Tree {
         parent,
         unified: mount.unified,
@@ -378,6 +412,9 @@ fn open_unified(root: &Path, missing: &mut BTreeMap<&'static str, String>) -> Re
                 missing.insert(controller.name(), reason);
             }
         }
+    }
+    if usable.contains(&Controller::Cpu) {
+        weigh(&parent, true);
     }
     Ok(Tree {
         parent,
@@ -423,12 +460,14 @@ mod tests {
         assert_eq!(
             v2,
             [
+                ("cpu.weight", "150".to_owned()),
                 ("cpu.max", "150000 100000".to_owned()),
                 ("memory.max", "536870912".to_owned()),
                 ("pids.max", "99".to_owned())
             ]
         );
         let v1 = settings(&tree(false), &limits);
+        assert!(v1.contains(&("cpu.shares", "1536".to_owned())));
         assert!(v1.contains(&("cpu.cfs_quota_us", "150000".to_owned())));
         assert!(v1.contains(&("memory.limit_in_bytes", "536870912".to_owned())));
         assert!(settings(&tree(true), &Limits::none()).is_empty());
@@ -456,6 +495,8 @@ mod tests {
         assert!(cgroups.support.missing.contains_key("pids"));
         let handed = fs::read_to_string(root.path().join("cubicle/cgroup.subtree_control"));
         assert_eq!(handed.unwrap(), "+memory");
+        let weight = fs::read_to_string(root.path().join("cubicle/cpu.weight"));
+        assert_eq!(weight.unwrap(), "1000");
     }
 
     #[test]

@@ -405,7 +405,14 @@ struct CapabilityData {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use std::{
+        ffi::CStr,
+        io::{Read as _, Seek as _},
+        os::fd::AsFd as _,
+    };
+
     use super::*;
 
     #[test]
@@ -413,5 +420,95 @@ mod tests {
         assert_eq!(gaps(&[]), [(3, c_uint::MAX)]);
         assert_eq!(gaps(&[5, 3, 4]), [(6, c_uint::MAX)]);
         assert_eq!(gaps(&[9, 4, 9]), [(3, 3), (5, 8), (10, c_uint::MAX)]);
+    }
+
+    fn own_namespace(kind: &str) -> OwnedFd {
+        std::fs::File::open(format!("/proc/self/ns/{kind}"))
+            .unwrap()
+            .into()
+    }
+
+    /// Starts a program in our own namespaces, as a user of its own; returns what it printed.
+    fn run(program: &CStr, arguments: &[&CStr]) -> Result<String, Failure> {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "changing the user needs root"
+        );
+        let (input, output) = (
+            std::fs::File::open("/dev/null").unwrap(),
+            tempfile::tempfile().unwrap(),
+        );
+        let (mount, network, ipc) = (
+            own_namespace("mnt"),
+            own_namespace("net"),
+            own_namespace("ipc"),
+        );
+        let plan = Plan {
+            program: program.to_owned(),
+            arguments: std::iter::once(&program)
+                .chain(arguments)
+                .map(|&a| a.to_owned())
+                .collect(),
+            input: input.as_fd(),
+            output: output.as_fd(),
+            inherit: vec![input.as_fd()],
+            mount_namespace: mount.as_fd(),
+            network_namespace: network.as_fd(),
+            ipc_namespace: ipc.as_fd(),
+            uid: 234_567,
+            groups: vec![234_568],
+            limits: vec![(libc::RLIMIT_NOFILE, 33)],
+        };
+        let (_, pidfd) = spawn(&plan)?;
+        let id = rustix::process::WaitId::PidFd(pidfd.as_fd());
+        let status = rustix::process::waitid(id, rustix::process::WaitIdOptions::EXITED);
+        assert_eq!(status.unwrap().unwrap().exit_status(), Some(0));
+        let mut text = String::new();
+        let mut output = output;
+        output.rewind().unwrap();
+        output.read_to_string(&mut text).unwrap();
+        Ok(text)
+    }
+
+    #[test]
+    fn a_program_is_what_the_plan_says() {
+        let before = dumpable();
+        let status = run(c"/bin/cat", &[c"/proc/self/status", c"/proc/self/limits"]).unwrap();
+        let line = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name} in {status}"))
+                .trim()
+                .to_owned()
+        };
+        assert_eq!(line("Uid:"), ["234567"; 4].join("\t"));
+        assert_eq!(line("Groups:"), "234568");
+        assert_eq!(
+            (line("CapBnd:"), line("CapEff:")),
+            ("0".repeat(16), "0".repeat(16))
+        );
+        // Rust's runtime ignores SIGPIPE; what we start must not inherit that.
+        assert_eq!(
+            (line("SigIgn:"), line("SigBlk:")),
+            ("0".repeat(16), "0".repeat(16))
+        );
+        assert!(line("Max open files").starts_with("33 "));
+        assert_eq!(dumpable(), before, "we can still be traced and dumped");
+        let variables = run(c"/usr/bin/env", &[]).unwrap();
+        assert_eq!(variables, "LC_ALL=C\n");
+        let descriptors = run(c"/bin/ls", &[c"/proc/self/fd"]).unwrap();
+        // The standard streams, what was inherited, and the directory that is listed.
+        assert_eq!(descriptors.lines().count(), 5, "{descriptors}");
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_fails_at_its_step() {
+        let failure = run(c"/nonexistent", &[]).unwrap_err();
+        assert_eq!(failure.step, "execute the program");
+        assert_eq!(failure.source.kind(), io::ErrorKind::NotFound);
+    }
+
+    fn dumpable() -> i32 {
+        // SAFETY: reads a number.
+        unsafe { libc::prctl(libc::PR_GET_DUMPABLE) }
     }
 }
