@@ -122,7 +122,7 @@ impl SlotPool {
         fs::create_dir_all(&dir).map_err(Error::file("create the directory", &dir))?;
         let lock = take_lock(&config).await?;
         let host = Netns::current()?;
-        let report = sweep::sweep(config.clone(), host.clone()).await?;
+        let report = sweep::sweep(&Arc::new(config.clone()), &host).await?;
         let fenced_uplinks = {
             let config = config.clone();
             host.run("put the host's rules in place", move || {
@@ -213,7 +213,7 @@ impl SlotPool {
     }
 
     /// Gives a slot back once its VM has ended. On return it is as good as new and in the pool,
-    /// or removed if the pool has enough: a tap without a past, open policy, counters at zero,
+    /// or on its way out if the pool has enough: a tap without a past, open policy, counters at zero,
     /// and no connection remembered in the slot or on the host. Goes on if the caller stops
     /// waiting.
     ///
@@ -248,17 +248,12 @@ impl SlotPool {
     /// When one cannot be removed; the others are.
     pub async fn sweep(&self) -> Result<SweepReport> {
         let unadopted = std::mem::take(&mut lock(&self.shared.state).adoptable);
-        let mut report = SweepReport::default();
-        let mut outcome = Ok(());
-        for index in unadopted {
-            lock(&self.shared.state).pending += 1;
-            match self.shared.remove(index).await {
-                Ok(()) => report.removed.push(index),
-                Err(error) => outcome = Err(error),
-            }
-        }
-        self.shared.wake.notify_one();
-        outcome.map(|()| report)
+        lock(&self.shared.state).pending += unadopted.len();
+        let removed = self.shared.remove_all(unadopted).await?;
+        Ok(SweepReport {
+            removed,
+            adoptable: Vec::new(),
+        })
     }
 
     /// How many slots are where.
@@ -297,21 +292,13 @@ impl SlotPool {
             let left: Vec<SlotIndex> = state.leased.union(&state.adoptable).copied().collect();
             (ready, left, state.broken)
         };
-        let mut report = CloseReport { removed: 0, left };
-        let mut outcome = Ok(());
-        for parts in ready {
-            let index = parts.index;
-            drop(parts);
-            match self.shared.remove(index).await {
-                Ok(()) => report.removed += 1,
-                Err(error) => outcome = Err(error),
-            }
-        }
-        outcome?;
-        if report.left.is_empty() && broken == 0 {
+        let indices: Vec<SlotIndex> = ready.iter().map(|parts| parts.index).collect();
+        drop(ready);
+        let removed = self.shared.remove_all(indices).await?.len();
+        if left.is_empty() && broken == 0 {
             self.shared.leave_host().await?;
         }
-        Ok(report)
+        Ok(CloseReport { removed, left })
     }
 }
 
@@ -393,7 +380,9 @@ impl Shared {
         };
         if let Some(parts) = surplus {
             drop(parts);
-            self.remove(index).await?;
+            // Nobody has to wait for that. What goes wrong is in the books and in the log.
+            tokio::spawn(async move { self.remove(index).await });
+            return Ok(());
         }
         self.settled.notify_waiters();
         self.wake.notify_one();
@@ -437,9 +426,29 @@ impl Shared {
     async fn remove_and(&self, index: SlotIndex, reuse: bool) -> Result<()> {
         let (config, host) = (Arc::clone(&self.config), self.host.clone());
         let removed = provision::destroy(config, host, index).await;
+        self.book_removal(index, &removed, reuse);
+        removed
+    }
+
+    /// Removes pending slots; returns which, or what went wrong with one that was not.
+    async fn remove_all(
+        &self,
+        indices: impl IntoIterator<Item = SlotIndex>,
+    ) -> Result<Vec<SlotIndex>> {
+        let outcomes = provision::destroy_all(&self.config, &self.host, indices).await;
+        for (index, removed) in &outcomes {
+            self.book_removal(*index, removed, true);
+        }
+        outcomes
+            .into_iter()
+            .map(|(index, removed)| removed.map(|()| index))
+            .collect()
+    }
+
+    fn book_removal(&self, index: SlotIndex, removed: &Result<()>, reuse: bool) {
         let mut state = lock(&self.state);
         state.pending -= 1;
-        match &removed {
+        match removed {
             Ok(()) if reuse => state.numbers.give_back(index),
             Ok(()) => state.broken += 1,
             Err(error) => {
@@ -450,7 +459,6 @@ impl Shared {
         drop(state);
         self.settled.notify_waiters();
         self.wake.notify_one();
-        removed
     }
 
     async fn wait_until_settled(&self) {

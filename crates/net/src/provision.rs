@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use tokio::task::JoinSet;
+
 use crate::{
     Error, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, GUEST_PREFIX_LEN, MTU,
     PoolConfig, Result, SlotIndex,
@@ -219,6 +221,29 @@ pub(crate) async fn destroy(config: Arc<PoolConfig>, host: Netns, index: SlotInd
         destroy_here(&config, index)
     })
     .await
+}
+
+/// Removes several slots at once: most of what one takes is the kernel's waiting for packets that
+/// may still be on their way.
+pub(crate) async fn destroy_all(
+    config: &Arc<PoolConfig>,
+    host: &Netns,
+    indices: impl IntoIterator<Item = SlotIndex>,
+) -> Vec<(SlotIndex, Result<()>)> {
+    /// Each has a thread.
+    const AT_ONCE: usize = 16;
+    let mut running = JoinSet::new();
+    let mut done = Vec::new();
+    for index in indices {
+        if running.len() >= AT_ONCE {
+            done.extend(running.join_next().await);
+        }
+        let (config, host) = (Arc::clone(config), host.clone());
+        running.spawn(async move { (index, destroy(config, host, index).await) });
+    }
+    done.extend(running.join_all().await.into_iter().map(Ok));
+    // What runs there neither panics nor is it aborted.
+    done.into_iter().flatten().collect()
 }
 
 /// Takes over a slot that a VM of an earlier process uses.

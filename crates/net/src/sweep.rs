@@ -3,14 +3,14 @@
 //! The facts decide, not a record of them. A tap exists as long as a process holds it, so a
 //! namespace with a tap has a VM and one without has none.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fs, sync::Arc};
 
 use crate::{
     Error, PoolConfig, Result, SlotIndex,
     address::TAP,
     links,
     netns::{Netns, in_thread},
-    provision::{ALIAS_PREFIX, alias, destroy_here},
+    provision::{ALIAS_PREFIX, alias, destroy_all},
 };
 
 /// What was found when a pool was opened or swept.
@@ -24,46 +24,35 @@ pub struct SweepReport {
 
 /// Looks through everything with our name and removes what no VM uses. `host` is the namespace
 /// that the slots' links end in.
-pub(crate) async fn sweep(config: PoolConfig, host: Netns) -> Result<SweepReport> {
+pub(crate) async fn sweep(config: &Arc<PoolConfig>, host: &Netns) -> Result<SweepReport> {
     let found = {
-        let (config, host) = (config.clone(), host.clone());
+        let (config, host) = (Arc::clone(config), host.clone());
         in_thread("look for left-over network slots", move || {
             host.enter()?;
-            let interfaces = ours(&config)?;
-            Ok((interfaces, namespaces(&config)?))
+            Ok((ours(&config)?, namespaces(&config)?))
         })
         .await?
     };
     let (interfaces, namespaces) = found;
-    let mut report = SweepReport::default();
-    for index in namespaces
-        .iter()
-        .chain(&interfaces)
-        .copied()
-        .collect::<BTreeSet<_>>()
-    {
-        let path = config.netns_path(index);
-        let namespace = if namespaces.contains(&index) {
-            Netns::open(&path)?
-        } else {
-            None
-        };
-        let in_use = match namespace {
-            Some(namespace) => namespace.run("look into a network slot", has_tap).await?,
-            None => false,
-        };
-        if in_use {
-            report.adoptable.push(index);
-        } else {
-            let config = config.clone();
-            host.run("remove a left-over network slot", move || {
-                destroy_here(&config, index)
-            })
-            .await?;
-            report.removed.push(index);
+    let mut adoptable = Vec::new();
+    for &index in &namespaces {
+        if let Some(namespace) = Netns::open(&config.netns_path(index))?
+            && namespace.run("look into a network slot", has_tap).await?
+        {
+            adoptable.push(index);
         }
     }
-    Ok(report)
+    let unused = namespaces
+        .union(&interfaces)
+        .filter(|index| !adoptable.contains(index))
+        .copied();
+    let outcomes = destroy_all(config, host, unused).await;
+    let mut removed: Vec<SlotIndex> = outcomes
+        .into_iter()
+        .map(|(index, gone)| gone.map(|()| index))
+        .collect::<Result<_>>()?;
+    removed.sort_unstable();
+    Ok(SweepReport { removed, adoptable })
 }
 
 fn has_tap() -> Result<bool> {
