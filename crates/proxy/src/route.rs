@@ -18,7 +18,8 @@ pub enum Via {
     Headers,
     /// `Host: <port>-<id>.<anything>`.
     Host,
-    /// Path `/sandbox/<id>/<port>/...`.
+    /// Path `/sandbox/<id>/<port>/...`. For scripts and for networks without wildcard names: to a
+    /// browser, everything that is reached like this is one origin, the API's own.
     Path,
     /// A signed URL of a file, which names no sandbox.
     Signature,

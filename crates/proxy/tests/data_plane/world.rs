@@ -36,9 +36,9 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// One sandbox.
-pub struct Sandbox {
-    pub route: SandboxRoute,
-    pub signature: Option<SignedFile>,
+pub(crate) struct Sandbox {
+    pub(crate) route: SandboxRoute,
+    pub(crate) signature: Option<SignedFile>,
     ports: HashMap<u16, SocketAddr>,
     envd: Router,
     life: CancellationToken,
@@ -46,13 +46,13 @@ pub struct Sandbox {
 
 /// All sandboxes, as routing table and as the way into them.
 #[derive(Default)]
-pub struct World {
+pub(crate) struct World {
     sandboxes: Mutex<HashMap<SandboxId, Sandbox>>,
-    pub connections: AtomicUsize,
+    pub(crate) connections: AtomicUsize,
 }
 
 impl World {
-    pub fn add(&self, envd: Router) -> SandboxId {
+    pub(crate) fn add(&self, envd: Router) -> SandboxId {
         let id = SandboxId::generate();
         let route = SandboxRoute {
             generation: 1,
@@ -71,31 +71,31 @@ impl World {
         id
     }
 
-    pub fn change(&self, id: &SandboxId, change: impl FnOnce(&mut Sandbox)) {
+    pub(crate) fn change(&self, id: &SandboxId, change: impl FnOnce(&mut Sandbox)) {
         change(self.sandboxes.lock().unwrap().get_mut(id).unwrap());
     }
 
-    pub fn open_port(&self, id: &SandboxId, port: u16, address: SocketAddr) {
+    pub(crate) fn open_port(&self, id: &SandboxId, port: u16, address: SocketAddr) {
         self.change(id, |sandbox| {
             sandbox.ports.insert(port, address);
         });
     }
 
     /// The sandbox is gone, with every stream into it.
-    pub fn kill(&self, id: &SandboxId) {
+    pub(crate) fn kill(&self, id: &SandboxId) {
         let sandbox = self.sandboxes.lock().unwrap().remove(id).unwrap();
         sandbox.life.cancel();
     }
 
     /// As after a rollback: the same sandbox in another life.
-    pub fn next_generation(&self, id: &SandboxId) {
+    pub(crate) fn next_generation(&self, id: &SandboxId) {
         self.change(id, |sandbox| {
             std::mem::take(&mut sandbox.life).cancel();
             sandbox.route.generation += 1;
         });
     }
 
-    pub fn connections(&self) -> usize {
+    pub(crate) fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }
 }
@@ -233,15 +233,15 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Mortal<T> {
 }
 
 /// The proxy before an API of one route, on a listener.
-pub struct Front {
-    pub world: Arc<World>,
-    pub proxy: Proxy,
-    pub address: SocketAddr,
-    pub client: reqwest::Client,
+pub(crate) struct Front {
+    pub(crate) world: Arc<World>,
+    pub(crate) proxy: Proxy,
+    pub(crate) address: SocketAddr,
+    pub(crate) client: reqwest::Client,
 }
 
 impl Front {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let world = Arc::new(World::default());
         let proxy = Proxy::new(world.clone(), world.clone());
         let api = Router::new()
@@ -268,7 +268,7 @@ impl Front {
     }
 
     /// A request that names a port of a sandbox in the given way.
-    pub fn request(
+    pub(crate) fn request(
         &self,
         method: http::Method,
         way: Way,
@@ -293,12 +293,18 @@ impl Front {
         }
     }
 
-    pub fn get(&self, way: Way, id: &SandboxId, port: u16, path: &str) -> reqwest::RequestBuilder {
+    pub(crate) fn get(
+        &self,
+        way: Way,
+        id: &SandboxId,
+        port: u16,
+        path: &str,
+    ) -> reqwest::RequestBuilder {
         self.request(http::Method::GET, way, id, port, path)
     }
 
     /// Waits until no request is under way any more.
-    pub async fn idle(&self) {
+    pub(crate) async fn idle(&self) {
         for _ in 0..500 {
             if self.proxy.metrics().snapshot().active == 0 {
                 return;
@@ -311,16 +317,16 @@ impl Front {
 
 /// A way of naming a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub(crate) enum Way {
     Headers,
     Host,
     Path,
 }
 
-pub const WAYS: [Way; 3] = [Way::Headers, Way::Host, Way::Path];
+pub(crate) const WAYS: [Way; 3] = [Way::Headers, Way::Host, Way::Path];
 
 /// Serves a router on a port of this machine.
-pub async fn serve(router: Router) -> SocketAddr {
+pub(crate) async fn serve(router: Router) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move { axum::serve(listener, router).await });

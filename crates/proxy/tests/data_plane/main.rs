@@ -1,0 +1,13 @@
+//! Requests through the proxy to real servers.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
+mod access;
+mod messages;
+mod servers;
+mod streams;
+mod world;
