@@ -23,16 +23,18 @@ def _nft() -> int:
     return len(listing) + elements
 
 
-def processes(name: str) -> set[int]:
-    """Ids of the processes whose executable has this name."""
-    found = set()
+def vms() -> dict[int, str]:
+    """The VMs of this machine's sandboxes: process id and sandbox."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if name in os.readlink(entry / "exe"):
-                    found.add(int(entry.name))
+                words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
+            if words[0].endswith(b"qemu-system-x86_64") and b"-name" in words:
+                name = words[words.index(b"-name") + 1].decode()
+                found[int(entry.name)] = name.removeprefix("guest=").split(",")[0]
     return found
 
 
@@ -40,7 +42,7 @@ def census(data_dir: Path, server_pid: int | None = None) -> dict[str, object]:
     """Counts of all kinds of things; equal before and after means that nothing leaked."""
     mounts = Path("/proc/self/mounts").read_text().splitlines()
     things: dict[str, object] = {
-        "processes": len(processes("qemu-system")),
+        "processes": len(vms()),
         "links": len(_links()),
         "namespaces": sum(" nsfs " in line for line in mounts),
         "mounts": len(mounts),

@@ -58,7 +58,8 @@ class TestWithoutKeys:
     """Cube's client 0.2.1 sends no key at all."""
 
     @pytest.fixture(scope="class")
-    def keyless(self, server):
+    @classmethod
+    def keyless(cls, server):
         server.stop()
         keyless = Server(server.data_dir, free_port(), ["--no-auth"]).start()
         yield keyless

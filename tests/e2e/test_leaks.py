@@ -24,16 +24,14 @@ def settled(server, before: dict, within: float = 30) -> dict:
 
 
 def test_creating_and_killing_leaves_nothing(server):
-    # The pools fill during the first ones.
-    for _ in range(3):
-        server.kill(server.create())
-    time.sleep(3)
-    before = census(server.data_dir, server.process.pid)
-
     def cycle(_: int) -> None:
         server.kill(server.create())
 
     with ThreadPoolExecutor(8) as pool:
+        # Pools grow with the first ones, to what this many at a time need, and stay so.
+        list(pool.map(cycle, range(24)))
+        time.sleep(3)
+        before = census(server.data_dir, server.process.pid)
         list(pool.map(cycle, range(CYCLES)))
     assert settled(server, before) == before
     with server.http() as http:
