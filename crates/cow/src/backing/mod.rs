@@ -115,7 +115,8 @@ pub struct StoreInfo {
 pub enum Closed {
     /// There was none.
     NotMounted,
-    /// It is gone, and so is its loop device.
+    /// It is gone, and so is its loop device, unless a VM has a mount namespace that began with a
+    /// copy of it; then the next [`prepare`] finds the device.
     Unmounted,
     /// Something still uses it, for example a VM. The next [`prepare`] adopts it.
     InUse,

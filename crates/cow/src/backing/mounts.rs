@@ -1,4 +1,5 @@
-//! What is mounted where, from /proc/self/mountinfo (proc_pid_mountinfo(5)).
+//! What is mounted where, from /proc/thread-self/mountinfo
+//! (proc_pid_mountinfo(5)).
 
 use std::{
     ffi::OsString,
@@ -37,7 +38,7 @@ pub(super) fn filesystem_of(path: &Path) -> Result<String> {
 }
 
 fn all() -> Result<Vec<Mount>> {
-    let path = Path::new("/proc/self/mountinfo");
+    let path = Path::new("/proc/thread-self/mountinfo");
     let text = std::fs::read(path).at("read", path)?;
     Ok(text
         .split(|byte| *byte == b'\n')
