@@ -206,7 +206,7 @@ async fn refused_bodies_paths_and_queries() {
         (
             Method::POST,
             format!("/sandboxes/{id}/connect"),
-            "{}".into(),
+            r#"{"memory":1}"#.into(),
         ),
         (
             Method::POST,

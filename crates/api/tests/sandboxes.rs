@@ -201,14 +201,20 @@ async fn time_is_set_given_and_never_taken_by_connect() {
     assert_eq!(connected["sandboxID"], id.as_str());
     assert!(connected["envdAccessToken"].is_string());
     assert!(near(left().await, 200), "a connect never shortens");
-    // v2 as recorded: an empty object, or nothing at all, is 300 seconds.
-    for body in ["{}", ""] {
-        let v2 = format!("/v2{}", path("/connect"));
-        server
-            .send(server.request(Method::POST, &v2, body))
-            .await
-            .expect(200);
-        assert!(near(left().await, 300));
+    // E2B's newer clients (v2) and Cube's (v1) send an empty object: 300 seconds.
+    for version in ["", "/v2"] {
+        for body in ["{}", ""] {
+            server
+                .post(&path("/timeout"), json!({"timeout": 50}))
+                .await
+                .expect(204);
+            let connect = format!("{version}{}", path("/connect"));
+            server
+                .send(server.request(Method::POST, &connect, body))
+                .await
+                .expect(200);
+            assert!(near(left().await, 300), "{version} {body:?}");
+        }
     }
     server
         .post(&path("/timeout"), json!({"timeout": -1}))
@@ -260,6 +266,10 @@ async fn lists_are_filtered_ordered_and_paged() {
             .get(&format!("/v2/sandboxes?{query}"))
             .await
             .expect(200);
+        assert_ne!(
+            page.headers.get("x-next-token").map(|t| t.is_empty()),
+            Some(true)
+        );
         let ids: Vec<String> = page
             .json()
             .as_array()

@@ -48,10 +48,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> ApiResult<Json<Vec<Te
 pub(crate) async fn list_v2(
     State(state): State<AppState>,
     query: Query,
-) -> ApiResult<(
-    AppendHeaders<Option<(&'static str, String)>>,
-    Json<Vec<TemplateBody>>,
-)> {
+) -> ApiResult<(HeaderMap, Json<Vec<TemplateBody>>)> {
     let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(MAX_PAGE);
     let mut templates = state.control.templates.list().await?;
     if let Some(last) = query.text("nextToken")? {
@@ -67,7 +64,7 @@ pub(crate) async fn list_v2(
     let last = templates.last().filter(|_| more);
     let headers = next_page(last.map(|template| &template.id));
     let page = templates.iter().filter_map(TemplateBody::new).collect();
-    Ok((AppendHeaders(next), Json(page)))
+    Ok((headers, Json(page)))
 }
 
 /// List the templates that this server comes with
