@@ -512,6 +512,63 @@ async fn a_vm_lives_in_its_network_namespace_and_so_does_its_clone() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn many_vms_leave_no_descriptor_behind() {
+    let (driver, dir) = (driver().await, Dir::new());
+    let boot = template().await.boot();
+    // Descriptors that lead into the test's own directory or to a process: other tests run at the
+    // same time, in the same process.
+    let ours = |records: &[VmRecord]| {
+        let own_inodes: Vec<String> = records.iter().map(|record| record.id.to_string()).collect();
+        let links = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let links = links.filter_map(|entry| fs::read_link(entry.path()).ok());
+        let links = links.map(|link| link.to_string_lossy().into_owned());
+        let own = |link: &String| own_inodes.iter().any(|id| link.contains(id));
+        let in_dir = |link: &String| link.contains(&*dir.path().to_string_lossy());
+        let mut found: Vec<String> = links.filter(|link| own(link) || in_dir(link)).collect();
+        for entry in fs::read_dir("/proc/self/fdinfo").unwrap().flatten() {
+            let info = fs::read_to_string(entry.path()).unwrap_or_default();
+            let pids = records
+                .iter()
+                .map(|record| format!("Pid:\t{}\n", record.pid));
+            found.extend(pids.filter(|pid| info.contains(pid.as_str())));
+        }
+        found
+    };
+    let mut records = Vec::new();
+    for _ in 0..2 {
+        let launches = (0..6).map(|_| {
+            let (driver, mut spec) = (driver.clone(), dir.spec(boot.clone()));
+            spec.kernel_log = true;
+            tokio::spawn(async move { driver.launch(spec).await.unwrap() })
+        });
+        let mut vms: Vec<Arc<dyn Vm>> = Vec::new();
+        for launch in launches.collect::<Vec<_>>() {
+            vms.push(launch.await.unwrap());
+        }
+        records.extend(vms.iter().map(|vm| vm.record()));
+        assert!(
+            !ours(&records).is_empty(),
+            "the search finds nothing at all"
+        );
+        let kills = vms.iter().map(|vm| {
+            let vm = Arc::clone(vm);
+            tokio::spawn(async move { vm.kill().await.unwrap() })
+        });
+        for kill in kills.collect::<Vec<_>>() {
+            kill.await.unwrap();
+        }
+    }
+    for _ in 0..100 {
+        if ours(&records).is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(ours(&records), [] as [String; 0]);
+    records.iter().for_each(assert_gone);
+}
+
 /// Not a test of its own: what `a_vm_survives_its_server` runs as a server, to be killed.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by another test"]
