@@ -13,7 +13,10 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
-    sync::atomic::{AtomicI32, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
 };
 
 /// What to start, and how confined.
@@ -139,6 +142,9 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Child, Failure> {
     };
     let mut stack = vec![0_u128; STACK_LEN / size_of::<u128>()];
     let mut pidfd: c_int = -1;
+    // One at a time, or one would take for our own state what the other's child did to it.
+    static BORROWING: Mutex<()> = Mutex::new(());
+    let borrowing = BORROWING.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: `sigset_t` as above; `sigfillset` and `pthread_sigmask` get valid pointers. Signals
     // are blocked so that no handler of ours runs in the child, on memory that is also ours.
     let (pid, error) = unsafe {
@@ -162,6 +168,7 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Child, Failure> {
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
         (pid, error)
     };
+    drop(borrowing);
     drop(stack);
     if pid < 0 {
         return Err(Failure {
