@@ -83,7 +83,7 @@ def test_keys(server, key):
     with httpx.Client(base_url=server.url, headers=headers) as stranger:
         for method, path in [
             ("GET", "/v2/sandboxes"), ("POST", "/v2/sandboxes"), ("DELETE", "/sandboxes/i0"),
-            ("GET", "/templates"), ("DELETE", "/templates/base"), ("GET", "/cubicle/v1/info"),
+            ("GET", "/templates"), ("DELETE", "/templates/base"), ("GET", "/cubicle/v1/version"),
         ]:  # fmt: skip
             assert problem(stranger.request(method, path), 401, 431)
 

@@ -19,6 +19,7 @@ mod envelope;
 mod error;
 mod extract;
 mod filter;
+mod measure;
 mod observe;
 mod openapi;
 mod sandboxes;

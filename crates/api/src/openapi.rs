@@ -10,7 +10,7 @@ use utoipa::{
 };
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::{AppState, sandboxes, system, templates};
+use crate::{AppState, measure, sandboxes, system, templates};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -72,7 +72,9 @@ pub(crate) fn parts() -> (Parts, utoipa::openapi::OpenApi) {
         open: split(system::open_router(), ""),
         cluster: split(system::cluster_router(), "/cubeapi/v1"),
         own: split(
-            system::own_router().merge(templates::own_router()),
+            system::own_router()
+                .merge(templates::own_router())
+                .merge(measure::own_router()),
             "/cubicle/v1",
         ),
     };

@@ -213,6 +213,10 @@ pub(crate) struct NodeBody {
     ready_slots: u32,
     /// The hypervisor and its accelerator.
     hypervisor: String,
+    /// Model of its processor.
+    cpu_model: String,
+    /// Release of its kernel.
+    kernel: String,
     /// When it last reported.
     #[serde(with = "time::serde::rfc3339")]
     heartbeat_time: OffsetDateTime,
@@ -263,6 +267,8 @@ async fn all_nodes(state: &AppState) -> ApiResult<Vec<NodeBody>> {
         used_mvm_slots: machine.slots_used,
         ready_slots: machine.slots_ready,
         hypervisor: machine.hypervisor,
+        cpu_model: machine.cpu_model,
+        kernel: machine.kernel,
         heartbeat_time: machine.heartbeat,
         local_templates: local.clone(),
         node_id: machine.id,

@@ -30,6 +30,11 @@ pub trait Fleet: Send + Sync + 'static {
     fn generation(&self, id: &SandboxId) -> Option<u64>;
     /// What a sandbox uses right now.
     async fn usage(&self, id: &SandboxId) -> Result<Usage, FleetError>;
+    /// What a sandbox takes of its host right now.
+    async fn host_usage(&self, id: &SandboxId) -> Result<HostUsage, FleetError>;
+    /// How long the image that an order is built from takes to boot, until its guest answers.
+    /// Boots it once and keeps nothing.
+    async fn measure_boot(&self, order: BuildOrder) -> Result<Duration, FleetError>;
     /// Cold boots an image, waits until it is ready, and publishes a snapshot of it.
     async fn build(
         &self,
@@ -159,6 +164,17 @@ pub struct Usage {
     pub disk_total: u64,
 }
 
+/// What a sandbox takes of its host. Sizes in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostUsage {
+    /// CPU time of its VM's process since it was started, in microseconds.
+    pub cpu_time_us: u64,
+    /// Memory that only its VM has: what killing it frees.
+    pub private_bytes: u64,
+    /// Memory that its VM has mapped, shared with others or not.
+    pub resident_bytes: u64,
+}
+
 /// A template to build.
 #[derive(Debug, Clone)]
 pub struct BuildOrder {
@@ -268,6 +284,10 @@ pub struct Machine {
     pub slots_ready: u32,
     /// The hypervisor and its accelerator, for people.
     pub hypervisor: String,
+    /// Model of its processor.
+    pub cpu_model: String,
+    /// Release of its kernel.
+    pub kernel: String,
     /// When it last reported.
     pub heartbeat: OffsetDateTime,
 }

@@ -198,6 +198,15 @@ impl Node {
             .await
     }
 
+    /// Boots what a template is built from and throws it away: how long a sandbox would take if
+    /// nothing were restored.
+    ///
+    /// # Errors
+    /// As [`build_template`](Self::build_template); nothing is left.
+    pub async fn measure_boot(&self, build: TemplateBuild) -> Result<std::time::Duration> {
+        template::measure_boot(&self.inner, build).await
+    }
+
     /// What a sandbox uses, as its guest and as the host see it.
     ///
     /// # Errors

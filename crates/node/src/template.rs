@@ -17,7 +17,7 @@ use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe, Step};
 use cubicle_net::EgressPolicy;
 use cubicle_protocol::guest_api::InitRequest;
 use cubicle_vmm::{Boot, Disk, VM_UID_BASE, Vm, VmSpec};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     create::random_hex,
@@ -159,16 +159,16 @@ pub(crate) async fn build(
     build: TemplateBuild,
     progress: Progress,
 ) -> Result<BuiltTemplate> {
-    let stop = node.closing.child_token();
-    let _stop_if_dropped = stop.clone().drop_guard();
-    let builder = Builder {
-        node: node.clone(),
-        id: SandboxId::generate(),
-        build,
-        progress,
-        stop,
-    };
+    let (builder, _stop_if_dropped) = Builder::new(node, build, progress);
     let task = node.tasks.spawn(async move { builder.run().await });
+    task.await.unwrap_or(Err(Error::Closed))
+}
+
+/// Boots what a template is built from, until its guest has answered, and throws it away again.
+/// Returns how long that took from the start of the VM.
+pub(crate) async fn measure_boot(node: &Arc<Inner>, build: TemplateBuild) -> Result<Duration> {
+    let (builder, _stop_if_dropped) = Builder::new(node, build, Progress::silent());
+    let task = node.tasks.spawn(async move { builder.boot_only().await });
     task.await.unwrap_or(Err(Error::Closed))
 }
 
@@ -191,6 +191,35 @@ struct Booted {
 }
 
 impl Builder {
+    fn new(node: &Arc<Inner>, build: TemplateBuild, progress: Progress) -> (Self, DropGuard) {
+        let stop = node.closing.child_token();
+        let stop_if_dropped = stop.clone().drop_guard();
+        let builder = Self {
+            node: node.clone(),
+            id: SandboxId::generate(),
+            build,
+            progress,
+            stop,
+        };
+        (builder, stop_if_dropped)
+    }
+
+    async fn boot_only(self) -> Result<Duration> {
+        let image = self.image().await?;
+        let key = Key {
+            sandbox: self.id.clone(),
+            generation: 1,
+        };
+        let mut held = Holdings::default();
+        let booting = async {
+            let booted = self.boot(&key, &image, &mut held).await?;
+            booted.link.close();
+            Ok(booted.boot)
+        };
+        let boot = contained(&self.id, booting).await;
+        self.give_back(&key, held, boot).await
+    }
+
     async fn run(self) -> Result<BuiltTemplate> {
         let image = self.image().await?;
         let snapshot = &self.build.snapshot;

@@ -45,13 +45,14 @@ pub(crate) struct BuildBody {
 
 impl Default for BuildBody {
     fn default() -> Self {
+        let size = Size::default();
         Self {
             force: false,
             recipe: "base".to_owned(),
             tags: Vec::new(),
-            cpu_count: 2,
-            memory_mb: 512,
-            disk_size_mb: 4096,
+            cpu_count: size.cpu_count,
+            memory_mb: size.memory_mib,
+            disk_size_mb: size.disk_mib,
         }
     }
 }

@@ -212,6 +212,21 @@ impl Fleet for MemoryFleet {
         })
     }
 
+    async fn host_usage(&self, id: &SandboxId) -> Result<HostUsage, FleetError> {
+        if self.generation(id).is_none() {
+            return Err(FleetError::NoSandbox { id: id.clone() });
+        }
+        Ok(HostUsage {
+            cpu_time_us: 1_000,
+            private_bytes: 16 << 20,
+            resident_bytes: 64 << 20,
+        })
+    }
+
+    async fn measure_boot(&self, _: BuildOrder) -> Result<Duration, FleetError> {
+        Ok(Duration::from_secs(1))
+    }
+
     async fn build(
         &self,
         order: BuildOrder,
@@ -257,6 +272,8 @@ impl Fleet for MemoryFleet {
             slots_used: used,
             slots_ready: 4,
             hypervisor: "memory".into(),
+            cpu_model: "none".into(),
+            kernel: "none".into(),
             heartbeat: OffsetDateTime::now_utc(),
         }])
     }

@@ -6,6 +6,7 @@
 use std::{
     ops::RangeInclusive,
     sync::{MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use cubicle_ids::TemplateId;
@@ -82,7 +83,39 @@ impl Size {
     }
 }
 
+impl Default for Size {
+    /// One CPU and 512 MiB: what a sandbox needs for Python, and little enough to have many. The
+    /// disk takes no room until it is written to.
+    fn default() -> Self {
+        Self {
+            cpu_count: 1,
+            memory_mib: 512,
+            disk_mib: 8 * 1024,
+        }
+    }
+}
+
 impl Templates {
+    /// How long what a template is made from takes to boot. Boots it once and keeps nothing.
+    ///
+    /// # Errors
+    /// [`Error::TemplateNotFound`], or if it does not boot.
+    pub async fn measure_boot(&self, reference: &str) -> Result<Duration> {
+        let template = self.get(reference).await?;
+        let build = template.build().ok_or_else(|| Error::TemplateNotFound {
+            reference: reference.to_owned(),
+        })?;
+        let order = BuildOrder {
+            template: template.id.clone(),
+            build: build.id,
+            recipe: build.recipe.clone(),
+            cpu_count: build.cpu_count,
+            memory_mib: build.memory_mib,
+            disk_mib: build.disk_mib,
+        };
+        Ok(self.fleet.measure_boot(order).await?)
+    }
+
     /// Starts a build and returns at once.
     pub async fn build(&self, request: BuildTemplate) -> Result<Started> {
         request.size.check()?;

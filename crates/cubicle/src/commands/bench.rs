@@ -91,12 +91,7 @@ pub(crate) async fn create(global: &Global, options: BenchCreate) -> Result<(), 
         ));
     }
     let client = super::client(global)?;
-    let server: Value = client
-        .json(
-            client.request(Method::GET, "/cubicle/v1/info"),
-            "ask for the server",
-        )
-        .await?;
+    let server = machine(&client).await?;
     let cold_boot = cold_boot(&client, &options.template).await?;
 
     let total = options.warm_up + options.count;
@@ -131,6 +126,21 @@ pub(crate) async fn create(global: &Global, options: BenchCreate) -> Result<(), 
         print(&report);
     }
     Ok(())
+}
+
+/// The server and its machine, in the server's own words.
+async fn machine(client: &Client) -> Result<Value, Error> {
+    let get = |path: &'static str| {
+        client.json::<Value>(client.request(Method::GET, path), "ask for the server")
+    };
+    let mut server = get("/cubicle/v1/version").await?;
+    let nodes = get("/cubicle/v1/nodes").await?;
+    let node = &nodes[0];
+    for field in ["hypervisor", "cpuModel", "kernel"] {
+        server[field] = node[field].clone();
+    }
+    server["cpuCount"] = (node["capacity"]["cpuMilli"].as_u64().unwrap_or(0) / 1000).into();
+    Ok(server)
 }
 
 /// How long the template takes to boot where nothing is restored, measured by the server now.
@@ -346,7 +356,7 @@ fn print(report: &Report) {
     }
 }
 
-/// The machine on one line, from `GET /cubicle/v1/info`.
+/// The machine on one line, as [`machine`] found it.
 fn machine_line(server: &Value) -> String {
     let text = |field: &str| match &server[field] {
         Value::String(text) => text.clone(),
@@ -354,12 +364,12 @@ fn machine_line(server: &Value) -> String {
         other => other.to_string(),
     };
     format!(
-        "cubicle {} on {} ({} cores, kernel {}), accelerator {}",
+        "cubicle {} on {} ({} cores, kernel {}), {}",
         text("version"),
         text("cpuModel"),
         text("cpuCount"),
         text("kernel"),
-        text("accelerator"),
+        text("hypervisor"),
     )
 }
 

@@ -3,12 +3,12 @@
 //! `control` says what it needs of machines ([`Fleet`]) and `node` says what it does; here the two
 //! meet, so that neither has to know the other.
 
-use std::{net::Ipv4Addr, path::PathBuf, sync::Arc};
+use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use cubicle_control::fleet::{
-    BuildOrder, BuildStep, Built, CreateOrder, Created, Fact, Fleet, FleetError, FleetEvent, Level,
-    Machine, NetworkOptions, Phase, Usage,
+    BuildOrder, BuildStep, Built, CreateOrder, Created, Fact, Fleet, FleetError, FleetEvent,
+    HostUsage, Level, Machine, NetworkOptions, Phase, Usage,
 };
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe};
@@ -48,6 +48,8 @@ pub(crate) struct Facts {
     pub(crate) cpus: usize,
     pub(crate) memory_mib: u64,
     pub(crate) hypervisor: String,
+    pub(crate) cpu_model: String,
+    pub(crate) kernel: String,
 }
 
 /// Events that a slow receiver may lag behind.
@@ -218,6 +220,24 @@ impl Fleet for NodeFleet {
         })
     }
 
+    async fn host_usage(&self, id: &SandboxId) -> Result<HostUsage, FleetError> {
+        let usage = self.node.usage(id).await.map_err(|error| match error {
+            error if error.is_not_found() => FleetError::NoSandbox { id: id.clone() },
+            error => failed(format!("measure sandbox {id}"))(error),
+        })?;
+        Ok(HostUsage {
+            cpu_time_us: usage.cpu_time_us,
+            private_bytes: usage.private_bytes,
+            resident_bytes: usage.resident_bytes,
+        })
+    }
+
+    async fn measure_boot(&self, order: BuildOrder) -> Result<Duration, FleetError> {
+        let template = self.template(&order)?;
+        let booted = self.node.measure_boot(template).await;
+        booted.map_err(failed(format!("boot template {}", order.template)))
+    }
+
     async fn build(
         &self,
         order: BuildOrder,
@@ -275,6 +295,8 @@ impl Fleet for NodeFleet {
             slots_used: count(taken),
             slots_ready: count(capacity.slots.ready),
             hypervisor: machine.hypervisor.clone(),
+            cpu_model: machine.cpu_model.clone(),
+            kernel: machine.kernel.clone(),
             heartbeat: OffsetDateTime::now_utc(),
         }])
     }

@@ -27,7 +27,13 @@ impl axum::serve::Listener for Listener {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection keeps its delay");
         }
-        (Connection { stream, ended: false }, address)
+        (
+            Connection {
+                stream,
+                ended: false,
+            },
+            address,
+        )
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -107,10 +113,11 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let router = Router::new().route("/", route);
-        let server =
-            tokio::spawn(async move { axum::serve(Listener(listener), router).await });
+        let server = tokio::spawn(async move { axum::serve(Listener(listener), router).await });
         let mut client = TcpStream::connect(address).await?;
-        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
+        client
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            .await?;
         let mut read = Vec::new();
         let outcome = client.read_to_end(&mut read).await;
         server.abort();
@@ -119,7 +126,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_whole_answer_ends_in_order() {
-        let read = answer(get(|| async { "whole" })).await.expect("an orderly end");
+        let read = answer(get(|| async { "whole" }))
+            .await
+            .expect("an orderly end");
         assert!(read.ends_with(b"whole"));
     }
 

@@ -11,6 +11,7 @@ use std::{
     sync::Arc,
 };
 
+use axum::serve::ListenerExt as _;
 use cubicle_api::{ApiConfig, AppState, AuthMode};
 use cubicle_control::{
     Control, ControlConfig,
@@ -20,7 +21,7 @@ use cubicle_cow::{
     Store,
     backing::{self, StoreKind},
 };
-use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe};
+use cubicle_image::{GuestBinary, KernelSource, Progress};
 use cubicle_net::{PoolConfig, SlotPool};
 use cubicle_node::{Node, NodeConfig};
 use cubicle_proxy::Proxy;
@@ -45,12 +46,6 @@ use crate::{
 
 /// The template that every installation has.
 pub(crate) const BASE: &str = "base";
-/// Size of its sandboxes: what E2B's smallest have, and enough for Python.
-const BASE_SIZE: Size = Size {
-    cpu_count: 1,
-    memory_mib: 512,
-    disk_mib: Recipe::DEFAULT_DISK_MIB,
-};
 /// Who commands in sandboxes run as unless they say otherwise.
 const USER: &str = "user";
 /// Where sockets and other things live that must not outlive the machine's uptime.
@@ -306,7 +301,10 @@ impl Server {
                 // An error means that the sender is gone, which is the end, too.
                 let _ = closed.wait_for(|closing| *closing).await;
             };
-            if let Err(error) = axum::serve(Listener(listener), router)
+            // The tap does nothing; it is what makes a listener of one's own tell addresses.
+            let listener = Listener(listener).tap_io(|_| ());
+            let service = router.into_make_service_with_connect_info::<SocketAddr>();
+            if let Err(error) = axum::serve(listener, service)
                 .with_graceful_shutdown(stop)
                 .await
             {
@@ -356,7 +354,7 @@ impl Server {
             name: BASE.to_owned(),
             tags: Vec::new(),
             recipe: BASE.to_owned(),
-            size: BASE_SIZE,
+            size: Size::default(),
             force: true,
         };
         let started = self
@@ -468,10 +466,9 @@ fn store_kind(store: &Store) -> String {
 
 async fn open_slots(dirs: &Dirs, options: &Up) -> Result<SlotPool, Error> {
     let config = PoolConfig {
-        name: pool_name(&dirs.data),
         run_dir: dirs.run.clone(),
         size_max: options.max_sandboxes as usize + 16,
-        ..PoolConfig::default()
+        ..PoolConfig::named(pool_name(&dirs.data))
     };
     let (slots, swept) = SlotPool::open(config).await.map_err(|error| {
         Error::setup("set up the network", error).with_hint("`cubicle doctor` says what is missing")
@@ -517,6 +514,11 @@ async fn open_services(
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory_mib: total_memory_mib(),
         hypervisor: hypervisor.to_owned(),
+        cpu_model: cpu_model(),
+        kernel: rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned(),
     };
     let fleet = NodeFleet::new(node.clone(), images.clone(), facts);
     let (control, reconciled) =
@@ -557,6 +559,17 @@ fn hostname() -> String {
         .nodename()
         .to_string_lossy()
         .into_owned()
+}
+
+/// Model of the processor as the kernel names it; empty where it does not.
+fn cpu_model() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    model
+        .map(|(_, name)| name.trim().to_owned())
+        .unwrap_or_default()
 }
 
 fn total_memory_mib() -> u64 {
