@@ -15,7 +15,7 @@ use std::{
 
 use cubicle_cow::{
     DiskShape, Draft, Manifest, Snapshot,
-    memory::{Buffer, Dirty, Source, capture},
+    memory::{Dirty, Source, capture},
 };
 use cubicle_ids::SandboxId;
 use cubicle_vmm::{Disk, GuestMemory, Vm};
@@ -184,7 +184,8 @@ async fn hold(
         }),
         timed(id, async {
             node.failpoints.pass("freeze/memory").await?;
-            blocking(move || Ok(capture(&memory, Buffer::new())?)).await
+            let buffer = node.store.buffer();
+            blocking(move || Ok(capture(&memory, buffer)?)).await
         }),
     );
     (timings.device, timings.disks, timings.memory) = (device.1, disks.1, memory.1);
