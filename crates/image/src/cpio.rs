@@ -4,6 +4,12 @@
 use std::io::{self, Write};
 
 const TRAILER: &str = "TRAILER!!!";
+const PAGE: usize = 4096;
+/// How much of its last page an archive takes, in bytes. QEMU's `microvm` puts the archive at the
+/// very end of memory, beginning at a page, and its firmware puts the ACPI tables, which grow with
+/// the number of processors, into what is left behind it. They don't know of each other: an archive
+/// that leaves too little overwrites the tables, and the kernel hangs reading them.
+const LAST_PAGE: usize = 512;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFCHR: u32 = 0o020_000;
@@ -49,6 +55,7 @@ impl<W: Write> Archive<W> {
     pub(crate) fn finish(mut self) -> io::Result<W> {
         self.next_inode = 0;
         self.entry(TRAILER, 0, (0, 0), &[])?;
+        self.leave_room_behind()?;
         self.out.flush()?;
         Ok(self.out)
     }
@@ -86,6 +93,13 @@ impl<W: Write> Archive<W> {
         self.align()
     }
 
+    /// Fills the last page with zeros, which the kernel skips, up to [`LAST_PAGE`].
+    fn leave_room_behind(&mut self) -> io::Result<()> {
+        let used = self.written % PAGE;
+        let padding = (PAGE + LAST_PAGE - used) % PAGE;
+        self.write(&[0; PAGE][..padding])
+    }
+
     fn align(&mut self) -> io::Result<()> {
         let padding = self.written.next_multiple_of(4) - self.written;
         self.write(&[0; 4][..padding])
@@ -115,6 +129,13 @@ mod tests {
         archive.device("dev/console", 0o600, (5, 1)).unwrap();
         archive.file("init", 0o755, data).unwrap();
         archive.finish().unwrap()
+    }
+
+    #[test]
+    fn there_is_room_behind_an_archive_of_any_length() {
+        for len in 0..PAGE {
+            assert_eq!(sample(&vec![b'x'; len]).len() % PAGE, LAST_PAGE, "{len}");
+        }
     }
 
     /// Unpacks by the system's own tool and returns what it listed.

@@ -8,7 +8,7 @@ use std::{
 use crate::{cpio::Archive, guest::GuestBinary};
 
 /// Changes whenever the layout below does, so that cached files of an older layout are not used.
-pub(crate) const LAYOUT: u32 = 1;
+pub(crate) const LAYOUT: u32 = 2;
 
 /// Writes `/init`, `/modules/<name>.ko`, and `/modules/order`: the file names in the order in
 /// which they are to be loaded, one a line. `modules` are those files, in that order.
