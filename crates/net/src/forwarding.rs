@@ -6,9 +6,10 @@
 //! An uplink where it was off gets a fence in the host's rules.
 
 use crate::{
-    PoolName, Result,
-    links::{self, Destination},
+    Result,
+    links::{self, Destination, Interface},
     netlink::Route,
+    provision::ALIAS_PREFIX,
     sysctl,
 };
 
@@ -30,9 +31,9 @@ pub(crate) struct Plan {
     pub(crate) has_uplink: bool,
 }
 
-/// Looks at the calling thread's namespace. `ours` are the uplinks that an earlier process of
-/// this pool has switched on.
-pub(crate) fn plan(route: &mut Route, name: &PoolName, ours: &[String]) -> Result<Plan> {
+/// Looks at the calling thread's namespace. `ours` are the uplinks that a pool has switched on, an
+/// earlier process or another pool.
+pub(crate) fn plan(route: &mut Route, ours: &[String]) -> Result<Plan> {
     let interfaces = links::list(route)?;
     let uplinks: Vec<u32> = links::routes(route)?
         .into_iter()
@@ -49,7 +50,7 @@ pub(crate) fn plan(route: &mut Route, name: &PoolName, ours: &[String]) -> Resul
         return Ok(plan);
     }
     for link in interfaces {
-        if name.index_of(&link.name).is_some() || link.name == "lo" {
+        if link.name == "lo" || is_slots(&link) {
             continue;
         }
         let was_off = ours.contains(&link.name) || !sysctl::is_on(&key(&link.name))?;
@@ -61,6 +62,13 @@ pub(crate) fn plan(route: &mut Route, name: &PoolName, ours: &[String]) -> Resul
     Ok(plan)
 }
 
+/// Whether an interface is that of a slot, of this pool or another.
+fn is_slots(link: &Interface) -> bool {
+    link.alias
+        .as_deref()
+        .is_some_and(|alias| alias.starts_with(ALIAS_PREFIX))
+}
+
 /// Switches forwarding on. The fence is up already.
 pub(crate) fn enable(plan: &Plan) -> Result<()> {
     plan.fenced_uplinks
@@ -68,12 +76,13 @@ pub(crate) fn enable(plan: &Plan) -> Result<()> {
         .try_for_each(|uplink| sysctl::set(&key(uplink), "1"))
 }
 
-/// Switches forwarding off again where it was.
-pub(crate) fn restore(uplinks: &[String]) -> Result<()> {
+/// Switches forwarding off again where it was, unless another pool needs it.
+pub(crate) fn restore(uplinks: &[String], others: &[String]) -> Result<()> {
     if sysctl::is_on(EVERYWHERE)? {
         return Ok(());
     }
     uplinks
         .iter()
+        .filter(|uplink| !others.contains(uplink))
         .try_for_each(|uplink| sysctl::set_if_present(&key(uplink), "0"))
 }

@@ -479,8 +479,10 @@ impl Shared {
         let uplinks = self.fenced_uplinks.clone();
         self.host
             .run("take the host's rules back", move || {
-                forwarding::restore(&uplinks)?;
                 let mut netfilter = provision::open_netfilter()?;
+                let others = firewall::host::fenced_uplinks(&mut netfilter, Some(&config.name))
+                    .map_err(Error::kernel("read the host's rules"))?;
+                forwarding::restore(&uplinks, &others)?;
                 firewall::host::remove(&mut netfilter, &config.name)
                     .map_err(Error::kernel("remove the host's rules"))?;
                 sweep::remove_dir(&config)
@@ -585,9 +587,9 @@ fn prepare_host(config: &PoolConfig) -> Result<Vec<String>> {
     let mut route = links::open()?;
     check_subnet(config, &mut route)?;
     let mut netfilter = provision::open_netfilter()?;
-    let ours = firewall::host::fenced_uplinks(&mut netfilter, &config.name)
+    let ours = firewall::host::fenced_uplinks(&mut netfilter, None)
         .map_err(Error::kernel("read the host's rules"))?;
-    let plan = forwarding::plan(&mut route, &config.name, &ours)?;
+    let plan = forwarding::plan(&mut route, &ours)?;
     if !plan.has_uplink {
         tracing::warn!(
             "the host has no default route: sandboxes reach nothing until it has one \

@@ -516,3 +516,44 @@ fn the_host_forwards_for_its_slots_and_for_nobody_else() {
         assert!(crosses(&world, PATIENCE) && forwarding("wan"));
     });
 }
+
+#[test]
+fn two_pools_on_one_host_do_not_disturb_each_other() {
+    in_world(async |world| {
+        world.internet.run(|| serve(Ipv4Addr::UNSPECIFIED, 80));
+        let elsewhere = tempfile::tempdir_in(world.dir.path()).unwrap();
+        let other = PoolConfig {
+            run_dir: elsewhere.path().to_owned(),
+            ..PoolConfig::named("other".parse().unwrap())
+        };
+        let forwarding = || {
+            let path = "/proc/sys/net/ipv4/conf/wan/forwarding";
+            std::fs::read_to_string(path).unwrap().trim() == "1"
+        };
+        let (one, mut slot_one, guest_one) = world.guest(world.config()).await;
+        let (two, slot_two, guest_two) = world.guest(other.clone()).await;
+        // The first opens again, with the interfaces of the second there already.
+        drop(guest_one);
+        one.release(slot_one).await.unwrap();
+        one.close().await.unwrap();
+        assert!(forwarding());
+        guest_two.reaches(SERVER, 80).unwrap();
+        let (one, _) = SlotPool::open(world.config()).await.unwrap();
+        slot_one = one.acquire().await.unwrap();
+        let guest_one = Guest::attach(&mut slot_one);
+        guest_one.reaches(SERVER, 80).unwrap();
+        guest_two.reaches(SERVER, 80).unwrap();
+        guest_two.space.run(|| serve(Ipv4Addr::UNSPECIFIED, 82));
+        assert_refused(&guest_one.reaches(slot_two.address(), 82));
+
+        drop(guest_two);
+        two.release(slot_two).await.unwrap();
+        two.close().await.unwrap();
+        assert!(forwarding());
+        guest_one.reaches(SERVER, 80).unwrap();
+        drop(guest_one);
+        one.release(slot_one).await.unwrap();
+        one.close().await.unwrap();
+        assert!(!forwarding());
+    });
+}

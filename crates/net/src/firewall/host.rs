@@ -136,13 +136,19 @@ pub(crate) fn install(netfilter: &mut Netfilter, rules: &Rules) -> io::Result<()
     batch.commit(netfilter)
 }
 
-/// The uplinks on which this or an earlier process switched forwarding on, as the rules of that
-/// process record.
+/// The uplinks on which a pool switched forwarding on, as the pools' rules record: all pools, or
+/// all but one.
 pub(crate) fn fenced_uplinks(
     netfilter: &mut Netfilter,
-    name: &PoolName,
+    except: Option<&PoolName>,
 ) -> io::Result<Vec<String>> {
-    read::interfaces(netfilter, name.as_str(), FENCED_UPLINKS)
+    let mut found = Vec::new();
+    for table in read::tables(netfilter)? {
+        if except.is_none_or(|name| name.as_str() != table) {
+            found.append(&mut read::interfaces(netfilter, &table, FENCED_UPLINKS)?);
+        }
+    }
+    Ok(found)
 }
 
 /// Removes the rules, if there are any.

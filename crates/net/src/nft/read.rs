@@ -8,6 +8,7 @@ use netlink_packet_netfilter::{
     nftables::{
         ChainAttribute, ChainMessage, DataAttribute, Hook, HookNumber, InetHookNumber,
         ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
+        TableAttribute, TableMessage,
     },
 };
 
@@ -177,4 +178,24 @@ fn dropping(message: ChainMessage) -> Option<DroppingChain> {
         }
     }
     (forwards && drops).then_some(found)
+}
+
+/// Names of all tables of the family `inet`.
+pub(crate) fn tables(netfilter: &mut Netfilter) -> io::Result<Vec<String>> {
+    let request = TableMessage {
+        attributes: Vec::new(),
+    };
+    let tables = netfilter.dump(inet(NfTablesMessage::GetTable(request)), 0)?;
+    Ok(tables
+        .into_iter()
+        .filter_map(|message| match message.inner {
+            NetfilterMessageInner::NfTables(NfTablesMessage::NewTable(table)) => Some(table),
+            _ => None,
+        })
+        .flat_map(|table| table.attributes)
+        .filter_map(|attribute| match attribute {
+            TableAttribute::Name(name) => Some(name),
+            _ => None,
+        })
+        .collect())
 }

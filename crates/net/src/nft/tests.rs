@@ -285,9 +285,11 @@ table inet cubicle {
         let mut netfilter = Netfilter::open().unwrap();
         host::install(&mut netfilter, &rules).unwrap();
         assert_eq!(
-            host::fenced_uplinks(&mut netfilter, &rules.name).unwrap(),
+            host::fenced_uplinks(&mut netfilter, None).unwrap(),
             ["eth0"]
         );
+        let others = host::fenced_uplinks(&mut netfilter, Some(&rules.name)).unwrap();
+        assert!(others.is_empty());
     };
     assert_same(ours, text);
     let gone = rules_after(|| {
@@ -296,7 +298,7 @@ table inet cubicle {
         host::install(&mut netfilter, &rules).unwrap();
         host::remove(&mut netfilter, &rules.name).unwrap();
         assert!(
-            host::fenced_uplinks(&mut netfilter, &rules.name)
+            host::fenced_uplinks(&mut netfilter, None)
                 .unwrap()
                 .is_empty()
         );
