@@ -477,6 +477,7 @@ mod tests {
         Ok(text)
     }
 
+    /// One test, as what it sees of this process is true only while no other test spawns.
     #[test]
     fn a_program_is_what_the_plan_says() {
         let before = dumpable();
@@ -505,10 +506,7 @@ mod tests {
         let descriptors = run(c"/bin/ls", &[c"/proc/self/fd"]).unwrap();
         // The standard streams, what was inherited, and the directory that is listed.
         assert_eq!(descriptors.lines().count(), 5, "{descriptors}");
-    }
 
-    #[test]
-    fn a_program_that_is_not_there_fails_at_its_step() {
         let failure = run(c"/nonexistent", &[]).unwrap_err();
         assert_eq!(failure.step, "execute the program");
         assert_eq!(failure.source.kind(), io::ErrorKind::NotFound);
