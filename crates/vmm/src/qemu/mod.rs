@@ -1,6 +1,6 @@
 //! Driver: QEMU's `microvm` machine, under KVM or software emulation.
 //!
-//! - [`args`] is the machine; [`features`] what the installed QEMU can do.
+//! - `args` is the machine; `features` what the installed QEMU can do.
 //! - `launch` opens everything a VM needs, starts the confined process, waits until it is loaded.
 //! - `vm` is a VM that runs, `qmp` the protocol it is commanded with.
 //!
