@@ -90,7 +90,13 @@ async fn a_snapshot_is_published_cloned_and_deleted() {
     store.remove_volumes(&name.sandbox, 3).unwrap();
     store.remove_volumes(&name.sandbox, 3).unwrap();
     assert!(!volume.parent().unwrap().parent().unwrap().exists());
+
+    // A clone that somebody has kept holds nothing.
+    let kept = store.clone();
     store.close().await;
+    let (again, _) = data.open().await;
+    again.close().await;
+    drop(kept);
 }
 
 #[tokio::test]

@@ -62,7 +62,7 @@ struct Inner {
     unique: AtomicU64,
     buffers: Arc<memory::Pool>,
     /// Locked for as long as the store is open.
-    _lock: File,
+    lock: Mutex<Option<File>>,
 }
 
 /// What [`Store::open`] found that should not have been there, and what it did about it.
@@ -139,7 +139,7 @@ impl Store {
                 tasks: Mutex::default(),
                 unique: AtomicU64::new(0),
                 buffers: Arc::default(),
-                _lock: lock,
+                lock: Mutex::new(Some(lock)),
             }),
         };
         let report = match store.sweep().await {
@@ -190,7 +190,8 @@ impl Store {
     }
 
     /// Stops background work and closes the catalog. What is not durable by then is made so after
-    /// the next [`Self::open`]. Other clones of this value must not be used any more.
+    /// the next [`Self::open`]. Other clones of this value must not be used any more, but they do not
+    /// keep the store locked or its root mounted: [`StoreRoot::close`] may follow.
     pub async fn close(self) {
         let store = self.clone();
         // The flusher may be in an fsync, which takes as long as it takes.
@@ -215,6 +216,11 @@ impl Store {
             let _ = task.await;
         }
         self.inner.catalog.close().await;
+        self.inner
+            .lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
     }
 
     pub(crate) fn fresh_tmp(&self, name: &str) -> PathBuf {

@@ -394,7 +394,14 @@ impl Server {
         // Connections that clients keep open must not hold the server up.
         self.serving.abort();
         drop(self.node);
+        let root = self.store.root().clone();
         self.store.close().await;
+        // VMs that run on keep it mounted; the next start takes it back.
+        match tokio::task::spawn_blocking(move || root.close()).await {
+            Ok(Ok(closed)) => tracing::info!(?closed, "the store is closed"),
+            Ok(Err(error)) => tracing::warn!(%error, "the store stays mounted"),
+            Err(error) => tracing::warn!(%error, "the store stays mounted"),
+        }
         stopped
     }
 }
