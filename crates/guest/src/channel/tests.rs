@@ -14,9 +14,12 @@ use std::{
 
 use axum::{Router, body::Body, routing::get};
 use bytes::Bytes;
-use cubicle_protocol::channel::{
-    Hello, MAGIC, Nonce,
-    host::{HostChannel, handshake},
+use cubicle_protocol::{
+    ENVD_AUTHORITY, HOST_AUTHORITY,
+    channel::{
+        Hello, MAGIC, Nonce,
+        host::{HostChannel, handshake},
+    },
 };
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
@@ -38,7 +41,17 @@ const SOON: Duration = Duration::from_secs(5);
 fn guest(router: Router) -> StdUnixStream {
     let (host, guest) = StdUnixStream::pair().unwrap();
     let port = Port::new(OwnedFd::from(guest)).unwrap();
-    tokio::spawn(async move { serve(port, Doors { host: router.clone(), public: router }).await.map(|never| match never {}) });
+    tokio::spawn(async move {
+        serve(
+            port,
+            Doors {
+                host: router.clone(),
+                public: router,
+            },
+        )
+        .await
+        .map(|never| match never {})
+    });
     host
 }
 
@@ -324,6 +337,57 @@ async fn a_closed_port_is_said_to_be_closed() {
     assert_eq!(get_text(&mut sender, "/hello").await, "hello");
 }
 
+#[tokio::test]
+async fn only_the_host_itself_gets_what_is_the_hosts() {
+    let services = crate::daemon::Services::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let authority = listener.local_addr().unwrap().to_string();
+    let public = services.public.clone();
+    tokio::spawn(async move { axum::serve(listener, public).await });
+    let (host, port) = StdUnixStream::pair().unwrap();
+    let port = Port::new(OwnedFd::from(port)).unwrap();
+    let doors = Doors {
+        host: services.host,
+        public: services.public,
+    };
+    tokio::spawn(async move { serve(port, doors).await.map(|never| match never {}) });
+    let mut sender = begin(&host).await;
+    for (method, path) in [("POST", "/init"), ("GET", "/logs")] {
+        let mut statuses = Vec::new();
+        for authority in [HOST_AUTHORITY, ENVD_AUTHORITY] {
+            let uri = format!("http://{authority}{path}");
+            let request = Request::builder().method(method).uri(uri);
+            let request = request.header("content-type", "application/json");
+            let request = request.body(Full::new(Bytes::from_static(b"{"))).unwrap();
+            let response = timeout(SOON, sender.send_request(request))
+                .await
+                .unwrap()
+                .unwrap();
+            statuses.push(response.status());
+        }
+        // The host's request to `/init` is understood, and refused for what it says.
+        assert_ne!(statuses[0], StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(statuses[1], StatusCode::NOT_FOUND, "{path}");
+
+        let response = connect(&mut sender, &authority).await;
+        let mut tunnel = TokioIo::new(hyper::upgrade::on(response).await.unwrap());
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: {HOST_AUTHORITY}\r\ncontent-length: 2\r\n\
+             content-type: application/json\r\nconnection: close\r\n\r\n{{}}"
+        );
+        tunnel.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(SOON, tunnel.read_to_string(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 404 "),
+            "{path} through a tunnel: {answer}"
+        );
+    }
+}
+
 /// The other end is gone for good, so `poll` says hang-up and `read` says 0 without end: as the
 /// virtio port does while nobody is connected.
 #[test]
@@ -337,7 +401,13 @@ fn the_host_being_away_costs_no_time() {
         let port = Port::new(OwnedFd::from(port)).unwrap();
         drop(host);
         let before = thread_time();
-        let serving = serve(port, Doors { host: hello_router(), public: hello_router() });
+        let serving = serve(
+            port,
+            Doors {
+                host: hello_router(),
+                public: hello_router(),
+            },
+        );
         assert!(timeout(Duration::from_secs(1), serving).await.is_err());
         let spent = thread_time() - before;
         assert!(

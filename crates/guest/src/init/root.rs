@@ -84,10 +84,11 @@ fn mount_root(options: &Options, target: &Path) -> Result<Writable, Error> {
     // Times of access would make every read a write, and every write a page of the snapshot.
     let flags = MountFlags::NOATIME;
     let kind = options.root_type.as_str();
-    let data = match kind {
-        // Else the kernel writes to the unused parts of a new file system, in every sandbox.
-        "ext4" => c"noinit_itable",
-        _ => c"",
+    let (data, read_only_data) = match kind {
+        // Else the kernel writes to the unused parts of a new file system, in every sandbox; and
+        // doesn't mount one that needs a recovery from a disk that cannot be written to.
+        "ext4" => (c"noinit_itable", c"noload"),
+        _ => (c"", c""),
     };
     match mount(&options.root, target, kind, flags, data) {
         Ok(()) => return Ok(Writable::Yes),
@@ -95,8 +96,8 @@ fn mount_root(options: &Options, target: &Path) -> Result<Writable, Error> {
         Err(Errno::ROFS | Errno::ACCESS) => {}
         Err(error) => return Err(failed(options, target)(error)),
     }
-    mount(&options.root, target, kind, flags | MountFlags::RDONLY, c"")
-        .map_err(failed(options, target))?;
+    let flags = flags | MountFlags::RDONLY;
+    mount(&options.root, target, kind, flags, read_only_data).map_err(failed(options, target))?;
     Ok(Writable::No)
 }
 
