@@ -1,6 +1,16 @@
 //! What the data plane has done so far.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    fmt,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _},
+    metrics::{counter::ConstCounter, gauge::ConstGauge},
+    registry::Unit,
+};
 
 use crate::route::Via;
 
@@ -90,6 +100,124 @@ impl Metrics {
     }
 }
 
+/// Names as in Prometheus, to stand below the registry's prefix.
+impl Collector for Metrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let now = self.snapshot();
+        let active = ConstGauge::new(i64::try_from(now.active).unwrap_or(i64::MAX));
+        let help = "Data-plane requests whose response is not complete yet";
+        active.encode(encoder.encode_descriptor(
+            "proxy_active",
+            help,
+            None,
+            active.metric_type(),
+        )?)?;
+        let mut counters = |name, help, unit: Option<&Unit>, label, rows: &[(&str, u64)]| {
+            let kind = ConstCounter::new(0_u64).metric_type();
+            let mut metric = encoder.encode_descriptor(name, help, unit, kind)?;
+            rows.iter().try_for_each(|(value, count)| {
+                ConstCounter::new(*count).encode(metric.encode_family(&[(label, *value)])?)
+            })
+        };
+        counters(
+            "proxy_requests",
+            "Data-plane requests, by how they named their sandbox",
+            None,
+            "via",
+            &[
+                ("headers", now.via_headers),
+                ("host", now.via_host),
+                ("path", now.via_path),
+                ("signature", now.via_signature),
+            ],
+        )?;
+        counters(
+            "proxy_failures",
+            "Data-plane requests that did not get a whole answer from a sandbox, by reason",
+            None,
+            "reason",
+            &[
+                ("refused", now.refused),
+                ("not_found", now.not_found),
+                ("port_closed", now.port_closed),
+                ("forbidden", now.forbidden),
+                ("unreachable", now.unreachable),
+                ("broken_off", now.broken_off),
+            ],
+        )?;
+        counters(
+            "proxy_connections",
+            "Connections to ports of sandboxes: opened, sent to again, handed to another protocol",
+            None,
+            "event",
+            &[
+                ("opened", now.connections),
+                ("retried", now.retried),
+                ("upgraded", now.upgrades),
+            ],
+        )?;
+        counters(
+            "proxy_bodies",
+            "Bytes of bodies, by direction as a sandbox sees it",
+            Some(&Unit::Bytes),
+            "direction",
+            &[("in", now.bytes_in), ("out", now.bytes_out)],
+        )
+    }
+}
+
 pub(crate) fn add(counter: &AtomicU64, amount: u64) {
     counter.fetch_add(amount, Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use prometheus_client::{encoding::text, registry::Registry};
+
+    use super::*;
+
+    #[test]
+    fn every_counter_is_exported() {
+        let metrics = Arc::new(Metrics::default());
+        let counters = [
+            &metrics.active,
+            &metrics.refused,
+            &metrics.not_found,
+            &metrics.port_closed,
+            &metrics.forbidden,
+            &metrics.unreachable,
+            &metrics.broken_off,
+            &metrics.retried,
+            &metrics.connections,
+            &metrics.upgrades,
+            &metrics.bytes_in,
+            &metrics.bytes_out,
+        ];
+        for (value, counter) in (100..).zip(counters) {
+            add(counter, value);
+        }
+        for _ in 0..112 {
+            metrics.routed(Via::Host);
+        }
+        let mut registry = Registry::with_prefix("cubicle");
+        registry.register_collector(Box::new(Arc::clone(&metrics)));
+        let mut out = String::new();
+        text::encode(&mut out, &registry).unwrap();
+        for value in 100..=112 {
+            assert!(
+                out.lines().any(|line| line.ends_with(&format!(" {value}"))),
+                "{value}: {out}"
+            );
+        }
+        assert!(
+            out.contains("cubicle_proxy_requests_total{via=\"host\"} 112\n"),
+            "{out}"
+        );
+        assert!(
+            out.contains("cubicle_proxy_bodies_bytes_total{direction=\"in\"} 110\n"),
+            "{out}"
+        );
+    }
 }

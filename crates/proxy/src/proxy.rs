@@ -54,9 +54,9 @@ impl Proxy {
         }
     }
 
-    /// What has been done so far.
+    /// What has been done so far; also a collector for a Prometheus registry.
     #[must_use]
-    pub fn metrics(&self) -> &Metrics {
+    pub fn metrics(&self) -> &Arc<Metrics> {
         &self.inner.metrics
     }
 

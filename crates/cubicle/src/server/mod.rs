@@ -285,11 +285,13 @@ impl Server {
             domain: Some(options.domain.clone()),
             node_id: hostname(),
         };
-        let state = AppState::new(control.clone(), config, |_| {});
         let proxy = Proxy::new(
             Arc::new(SandboxRoutes::new(control.clone())),
             Arc::new(node.clone()),
         );
+        let state = AppState::new(control.clone(), config, |registry| {
+            registry.register_collector(Box::new(proxy.metrics().clone()));
+        });
         // Around the whole router: what is for a sandbox is answered before any route is matched.
         let router = cubicle_api::router(state).layer(axum::middleware::from_fn_with_state(
             proxy,
