@@ -4,15 +4,24 @@
 
 mod support;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use cubicle_ids::SnapshotId;
+use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_image::Progress;
 use cubicle_node::{
-    CreateSandbox, ImageSource, KillOutcome, Node, SandboxState, TemplateBuild, WarmUp, empty_body,
+    AdoptionReport, CreateSandbox, Error, Failure, ImageSource, KillOutcome, Node, NodeEvent,
+    TemplateBuild, WarmUp,
 };
 use cubicle_vmm::qemu::{Qemu, QemuConfig};
-use support::{Machine, assert_clean, image};
+use support::{Machine, assert_clean, image, vm_processes};
+use time::OffsetDateTime;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    runtime::Builder,
+};
 
 async fn hypervisor() -> Arc<Qemu> {
     Arc::new(Qemu::open(QemuConfig::default()).await.unwrap())
@@ -38,38 +47,180 @@ async fn template(node: &Node) -> SnapshotId {
     built.snapshot
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_template_is_built_and_sandboxes_are_made_from_it() {
-    tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_env_filter("info,cubicle_node=debug")
-        .init();
-    let machine = Machine::new(true);
-    let (node, report) = machine.open(hypervisor().await).await;
-    assert_eq!(report, Default::default());
-    let snapshot = template(&node).await;
+async fn create(node: &Node, snapshot: &SnapshotId) -> SandboxId {
+    let order = CreateSandbox {
+        env_vars: [("GREETING".to_owned(), "hello world".to_owned())].into(),
+        ..CreateSandbox::new(snapshot.clone())
+    };
+    let id = order.id.clone();
+    node.create(order).await.unwrap();
+    id
+}
 
-    for _ in 0..10 {
-        let order = CreateSandbox::new(snapshot.clone());
-        let id = order.id.clone();
-        let begun = Instant::now();
-        let created = node.create(order).await.unwrap();
-        eprintln!("create {:?}: {}", begun.elapsed(), created.timings);
-        let usage = node.usage(&id).await.unwrap();
-        eprintln!("private {} KiB", usage.private_bytes >> 10);
-        assert_eq!(node.sandbox(&id).unwrap().state, SandboxState::Running);
-        let request = http::Request::get("/health").body(empty_body()).unwrap();
-        assert_eq!(node.request(&id, request).await.unwrap().status(), 204);
-        let metrics = node.metrics(&id).await.unwrap();
-        eprintln!("{metrics:?}");
-        let begun = Instant::now();
-        assert_eq!(node.kill(&id).await.unwrap(), KillOutcome::Killed);
-        eprintln!("kill {:?}", begun.elapsed());
-    }
+async fn bash(node: &Node, id: &SandboxId, script: &str) -> String {
+    support::run(node, id, &["/bin/bash", "-c", script])
+        .await
+        .trim()
+        .to_owned()
+}
+
+async fn close(node: Node, machine: &Machine) {
     node.shutdown().await.unwrap();
     node.store().clone().close().await;
     drop(node);
-    assert_clean(&machine);
+    assert_clean(machine);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sandboxes_of_one_template_are_machines_of_their_own() {
+    let machine = Machine::new(true);
+    let (node, report) = machine.open(hypervisor().await).await;
+    assert_eq!(report, AdoptionReport::default());
+    let snapshot = template(&node).await;
+    let (one, other) = tokio::join!(create(&node, &snapshot), create(&node, &snapshot));
+
+    assert_eq!(
+        bash(&node, &one, "hostname; echo $GREETING").await,
+        format!("{one}\nhello world")
+    );
+    assert_eq!(bash(&node, &other, "hostname").await, other.as_str());
+    for secret in ["cat /etc/machine-id", "head -c 16 /dev/urandom | md5sum"] {
+        let (a, b) = (
+            bash(&node, &one, secret).await,
+            bash(&node, &other, secret).await,
+        );
+        assert!(a.len() >= 32 && a != b, "{secret}: {a} {b}");
+    }
+    let inside: f64 = bash(&node, &one, "date +%s.%N").await.parse().unwrap();
+    let outside = OffsetDateTime::now_utc().unix_timestamp_nanos() as f64 / 1e9;
+    assert!((outside - inside).abs() < 5.0, "{inside} {outside}");
+
+    bash(
+        &node,
+        &one,
+        "echo only here > /home/user/file; echo x > /dev/shm/file",
+    )
+    .await;
+    let elsewhere = bash(
+        &node,
+        &other,
+        "cat /home/user/file /dev/shm/file 2>&1 || true",
+    )
+    .await;
+    assert!(elsewhere.contains("No such file"), "{elsewhere}");
+
+    // A server that listens on the guest's localhost only.
+    let server = "cd /home/user && (python3 -m http.server 8000 --bind 127.0.0.1 \
+        >/dev/null 2>&1 &) && for i in $(seq 200); do \
+        (echo > /dev/tcp/127.0.0.1/8000) 2>/dev/null && exit; sleep 0.1; done; exit 1";
+    bash(&node, &one, server).await;
+    let mut stream = node.connect(&one, 8000).await.unwrap();
+    stream
+        .write_all(b"GET /file HTTP/1.0\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.ends_with("only here\n"), "{answer}");
+    assert!(matches!(
+        node.connect(&one, 8001).await,
+        Err(Error::PortClosed { port: 8001, .. })
+    ));
+    assert!(matches!(
+        node.connect(&other, 8000).await,
+        Err(Error::PortClosed { .. })
+    ));
+
+    let metrics = node.metrics(&one).await.unwrap();
+    assert_eq!(metrics.cpu_count, 1);
+    assert!(
+        metrics.mem_used > 0 && metrics.mem_total > 400 << 20,
+        "{metrics:?}"
+    );
+    assert!(
+        metrics.host_private < 200 << 20 && metrics.disk_total > 1 << 30,
+        "{metrics:?}"
+    );
+    assert!(!node.logs(&one).await.unwrap().is_empty());
+    assert_eq!(vm_processes(&machine).len(), 2);
+
+    let mut events = node.events();
+    // The guest powers off in the middle of a request, which breaks.
+    let (task, target) = (node.clone(), other.clone());
+    let power_off = "sudo sh -c 'echo o > /proc/sysrq-trigger'; sleep 60";
+    let cut_off = tokio::spawn(async move { bash(&task, &target, power_off).await });
+    let event = events.recv().await.unwrap();
+    assert_eq!(event, NodeEvent::Exited { id: other.clone(), generation: 1 });
+    assert!(cut_off.await.is_err(), "its answer never came");
+    assert_eq!(node.kill(&one).await.unwrap(), KillOutcome::Killed);
+    assert_eq!(node.sandboxes(), []);
+    close(node, &machine).await;
+}
+
+/// The process that owns the node dies; its VMs do not. Each node here has a runtime of its own,
+/// which is torn down in the middle of whatever it does, as `kill -9` would.
+#[test]
+fn sandboxes_outlive_a_crash_and_what_is_nobodys_is_removed() {
+    let machine = Machine::new(true);
+    let runtime = || Builder::new_multi_thread().enable_all().build().unwrap();
+    let first = runtime();
+    let survivor = first.block_on(async {
+        let (node, _) = machine.open(hypervisor().await).await;
+        let snapshot = template(&node).await;
+        let survivor = create(&node, &snapshot).await;
+        bash(
+            &node,
+            &survivor,
+            "echo kept > /dev/shm/file; (sleep 1000 &) >/dev/null 2>&1",
+        )
+        .await;
+        // A VM that runs and that the journal does not know yet.
+        node.failpoints()
+            .arm("create/record", Failure::Delay(Duration::from_secs(3600)));
+        let before = node.failpoints().passes("create/record");
+        let unlucky = node.clone();
+        tokio::spawn(async move { create(&unlucky, &snapshot).await });
+        while node.failpoints().passes("create/record") == before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        survivor
+    });
+    assert_eq!(vm_processes(&machine).len(), 2);
+    first.shutdown_timeout(Duration::from_secs(10));
+    assert_eq!(vm_processes(&machine).len(), 2, "VMs outlive the server");
+
+    runtime().block_on(async {
+        let begun = Instant::now();
+        let (node, report) = machine.open(hypervisor().await).await;
+        eprintln!("opened in {:?}: {report:?}", begun.elapsed());
+        assert_eq!(report.adopted, [survivor.clone()]);
+        assert_eq!((report.unfinished.len(), report.swept_vms), (1, 1));
+        assert_eq!((report.lost.len(), report.swept_slots), (0, 1));
+        assert_eq!(vm_processes(&machine).len(), 1);
+        assert_eq!(node.generation(&survivor), Some(1));
+        let kept = bash(
+            &node,
+            &survivor,
+            "cat /dev/shm/file; hostname; echo $GREETING",
+        )
+        .await;
+        assert_eq!(kept, format!("kept\n{survivor}\nhello world"));
+        bash(&node, &survivor, "pgrep -f 'sleep 1000'").await;
+
+        let mut events = node.events();
+        let pid = rustix::process::Pid::from_raw(vm_processes(&machine)[0]).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        let event = events.recv().await.unwrap();
+        assert_eq!(
+            event,
+            NodeEvent::Exited {
+                id: survivor.clone(),
+                generation: 1
+            }
+        );
+        assert_eq!(node.sandboxes(), []);
+        close(node, &machine).await;
+    });
 }
 
 /// Where a VM process's private memory is, in KiB: by mapping, largest first.
@@ -81,7 +232,7 @@ fn private_by_mapping(pid: i32) -> Vec<(u64, String)> {
         let mut words = line.split_whitespace();
         let first = words.next().unwrap_or_default();
         match first {
-            "Private_Dirty:" | "Private_Clean:" => {
+            "Private_Dirty:" => {
                 let kib: u64 = words.next().unwrap().parse().unwrap();
                 *sums.entry(name.clone()).or_default() += kib;
             }
@@ -117,6 +268,10 @@ async fn measure() {
             .and_then(|text| text.parse().ok())
             .unwrap_or(default)
     };
+    if std::env::var_os("NO_THP").is_some() {
+        // SAFETY: the call takes numbers only.
+        unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    }
     let machine = Machine::new(true);
     let (node, _) = machine.open(hypervisor().await).await;
     let snapshot = template(&node).await;
@@ -139,6 +294,12 @@ async fn measure() {
         support::run(&node, &id, &["/bin/bash", "-l", "-c", "echo hello"]).await;
         commands.push(begun.elapsed().as_secs_f64() * 1e3);
         if n == 0 {
+            if let Ok(command) = std::env::var("LOOK") {
+                println!(
+                    "{}",
+                    support::run(&node, &id, &["/bin/bash", "-c", &command]).await
+                );
+            }
             let pid = support::vm_processes(&machine)[0];
             for (kib, name) in private_by_mapping(pid).into_iter().take(12) {
                 println!("    {kib:>8} KiB {name}");

@@ -5,7 +5,8 @@
 //!
 //! 1. `mounts`: the kernel's file systems; `modules`: the drivers that the initramfs brought.
 //! 2. `root`: waits for the disk (`uevents`), mounts it, moves over. Same process, no exec.
-//! 3. `mounts` again: what programs expect; `settings`: host name, resolver, limits; `network`.
+//! 3. `mounts` again: what programs expect; `settings`: host name, resolver, limits; `identity`;
+//!    `network`.
 //! 4. Opens the channel's port, and holds it for as long as the machine runs.
 //! 5. `supervisor`: forks the daemon, which inherits the port, and starts it anew when it dies;
 //!    collects orphans; shuts down on request.
@@ -15,6 +16,7 @@
 
 mod cmdline;
 mod console;
+mod identity;
 mod modules;
 mod mounts;
 mod network;
@@ -124,6 +126,7 @@ fn boot() -> Result<Option<OwnedFd>, Error> {
     root::switch(&options, &mut events)?;
     mounts::programs_file_systems();
     settings::apply();
+    identity::cover();
     if options.network {
         network::configure(GUEST_INTERFACE);
     }

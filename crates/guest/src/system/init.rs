@@ -19,7 +19,6 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use super::{entropy, names::Names, uncached};
 use crate::{
     access::{AccessToken, State},
-    blocking::blocking,
     http::ApiError,
 };
 
@@ -87,9 +86,8 @@ pub(crate) async fn init(
     } else {
         serde_json::from_slice(&body).map_err(|error| Error::Request(error.to_string()))?
     };
-    Ok(uncached(Json(
-        blocking(move || apply(&state, request)).await?,
-    )))
+    // Not on another thread: what it writes is in memory, and nobody else is served yet.
+    Ok(uncached(Json(apply(&state, request)?)))
 }
 
 fn apply(state: &State, request: InitRequest) -> Result<InitResponse, Error> {
