@@ -84,9 +84,7 @@ async fn measure() {
         timed(&mut release, pool.release(slot))
             .await
             .expect("released");
-        while pool.counts().pending > 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        settle(&pool).await;
     }
     show("acquire a ready slot", acquire);
     show("policy: deny all", deny);
@@ -103,7 +101,10 @@ async fn measure() {
         "a burst of 48 acquires with 8 ready: {:.1?}",
         started.elapsed()
     );
-    drop(slots);
+    for slot in slots {
+        pool.release(slot).await.expect("released");
+    }
+    settle(&pool).await;
     let started = Instant::now();
     let removed = pool.close().await.expect("closed").removed;
     println!(
@@ -111,4 +112,11 @@ async fn measure() {
         started.elapsed()
     );
     let _ = std::fs::remove_dir_all(run_dir);
+}
+
+/// Waits until nothing happens in the background.
+async fn settle(pool: &SlotPool) {
+    while pool.counts().pending > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }

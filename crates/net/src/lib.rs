@@ -49,6 +49,7 @@ mod conntrack;
 mod error;
 mod firewall;
 mod forwarding;
+mod host;
 mod links;
 mod netlink;
 mod netns;

@@ -10,15 +10,14 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use tokio::{
     sync::{Notify, oneshot},
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep_until},
 };
 
 use crate::{
-    Error, PoolConfig, Result, Slot, SlotIndex, SweepReport, firewall, forwarding, links,
-    netlink::Route,
+    Error, PoolConfig, Result, Slot, SlotIndex, SweepReport, host,
     netns::Netns,
     numbers::Numbers,
-    provision::{self, Parts, lock},
+    provision::{self, Condemned, Parts, lock},
     sweep,
 };
 
@@ -27,9 +26,6 @@ use crate::{
 const PARALLEL: usize = 4;
 /// How long the pool waits after it could not make a slot before it tries again.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
-
-/// How long a pool that opens waits for another process to let go of the run directory.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How many slots are where.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -120,13 +116,13 @@ impl SlotPool {
         config.check()?;
         let dir = config.netns_dir();
         fs::create_dir_all(&dir).map_err(Error::file("create the directory", &dir))?;
-        let lock = take_lock(&config).await?;
+        let lock = host::lock(&config).await?;
         let host = Netns::current()?;
         let report = sweep::sweep(&Arc::new(config.clone()), &host).await?;
         let fenced_uplinks = {
             let config = config.clone();
             host.run("put the host's rules in place", move || {
-                prepare_host(&config)
+                host::prepare(&config)
             })
             .await?
         };
@@ -249,7 +245,10 @@ impl SlotPool {
     pub async fn sweep(&self) -> Result<SweepReport> {
         let unadopted = std::mem::take(&mut lock(&self.shared.state).adoptable);
         lock(&self.shared.state).pending += unadopted.len();
-        let removed = self.shared.remove_all(unadopted).await?;
+        let removed = self
+            .shared
+            .remove_all(unadopted.into_iter().map(Condemned::from))
+            .await?;
         Ok(SweepReport {
             removed,
             adoptable: Vec::new(),
@@ -292,9 +291,11 @@ impl SlotPool {
             let left: Vec<SlotIndex> = state.leased.union(&state.adoptable).copied().collect();
             (ready, left, state.broken)
         };
-        let indices: Vec<SlotIndex> = ready.iter().map(|parts| parts.index).collect();
-        drop(ready);
-        let removed = self.shared.remove_all(indices).await?.len();
+        let removed = self
+            .shared
+            .remove_all(ready.into_iter().map(Condemned::from))
+            .await?
+            .len();
         if left.is_empty() && broken == 0 {
             self.shared.leave_host().await?;
         }
@@ -349,10 +350,7 @@ impl Shared {
         let built = provision::build(Arc::clone(&self.config), self.host.clone(), index).await;
         let outcome = match built.map(|parts| self.deliver(parts)) {
             Ok(None) => Ok(()),
-            Ok(Some(surplus)) => {
-                drop(surplus);
-                self.remove(index).await
-            }
+            Ok(Some(surplus)) => self.remove(surplus, true).await,
             Err(error) => {
                 let mut state = lock(&self.state);
                 state.pending -= 1;
@@ -374,14 +372,13 @@ impl Shared {
             Err(error) => {
                 // The number stands for a user id too, and a process with that id still runs.
                 let reuse = !matches!(error, Error::TapAttached { .. });
-                self.remove_and(index, reuse).await?;
+                self.remove(index, reuse).await?;
                 return Err(error);
             }
         };
-        if let Some(parts) = surplus {
-            drop(parts);
+        if let Some(surplus) = surplus {
             // Nobody has to wait for that. What goes wrong is in the books and in the log.
-            tokio::spawn(async move { self.remove(index).await });
+            tokio::spawn(async move { self.remove(surplus, true).await });
             return Ok(());
         }
         self.settled.notify_waiters();
@@ -417,15 +414,12 @@ impl Shared {
         None
     }
 
-    /// Removes a pending slot from the host and its number from the books.
-    async fn remove(&self, index: SlotIndex) -> Result<()> {
-        self.remove_and(index, true).await
-    }
-
-    /// As [`Self::remove`]; the number stays taken unless it is to be used again.
-    async fn remove_and(&self, index: SlotIndex, reuse: bool) -> Result<()> {
-        let (config, host) = (Arc::clone(&self.config), self.host.clone());
-        let removed = provision::destroy(config, host, index).await;
+    /// Removes a pending slot from the host and its number from the books, or leaves the number
+    /// taken if it is not to be used again.
+    async fn remove(&self, condemned: impl Into<Condemned>, reuse: bool) -> Result<()> {
+        let condemned = condemned.into();
+        let (config, host, index) = (Arc::clone(&self.config), self.host.clone(), condemned.index);
+        let removed = provision::destroy(config, host, condemned).await;
         self.book_removal(index, &removed, reuse);
         removed
     }
@@ -433,9 +427,9 @@ impl Shared {
     /// Removes pending slots; returns which, or what went wrong with one that was not.
     async fn remove_all(
         &self,
-        indices: impl IntoIterator<Item = SlotIndex>,
+        condemned: impl IntoIterator<Item = Condemned>,
     ) -> Result<Vec<SlotIndex>> {
-        let outcomes = provision::destroy_all(&self.config, &self.host, indices).await;
+        let outcomes = provision::destroy_all(&self.config, &self.host, condemned).await;
         for (index, removed) in &outcomes {
             self.book_removal(*index, removed, true);
         }
@@ -475,17 +469,10 @@ impl Shared {
 
     /// Takes back what the pool changed on the host.
     async fn leave_host(&self) -> Result<()> {
-        let config = Arc::clone(&self.config);
-        let uplinks = self.fenced_uplinks.clone();
+        let (config, uplinks) = (Arc::clone(&self.config), self.fenced_uplinks.clone());
         self.host
             .run("take the host's rules back", move || {
-                let mut netfilter = provision::open_netfilter()?;
-                let others = firewall::host::fenced_uplinks(&mut netfilter, Some(&config.name))
-                    .map_err(Error::kernel("read the host's rules"))?;
-                forwarding::restore(&uplinks, &others)?;
-                firewall::host::remove(&mut netfilter, &config.name)
-                    .map_err(Error::kernel("remove the host's rules"))?;
-                sweep::remove_dir(&config)
+                host::leave(&config, &uplinks)
             })
             .await
     }
@@ -562,73 +549,4 @@ async fn upkeep(pool: Weak<Shared>, wake: Arc<Notify>) {
             None => wake.notified().await,
         }
     }
-}
-
-/// Locks the run directory. A process that was just killed may have started a program that has
-/// not closed its copy of the lock yet, so a lock that is held is tried for a while.
-async fn take_lock(config: &PoolConfig) -> Result<File> {
-    let path = config.run_dir.join("netns.lock");
-    let file = File::create(&path).map_err(Error::file("create", &path))?;
-    let give_up = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < give_up => {
-                sleep(LOCK_PATIENCE / 20).await;
-            }
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::InUse { lock: path }),
-            Err(error) => return Err(Error::file("lock", path)(error)),
-        }
-    }
-}
-
-/// Puts the host's rules in place and lets its uplinks forward; returns those that did not.
-fn prepare_host(config: &PoolConfig) -> Result<Vec<String>> {
-    let mut route = links::open()?;
-    check_subnet(config, &mut route)?;
-    let mut netfilter = provision::open_netfilter()?;
-    let ours = firewall::host::fenced_uplinks(&mut netfilter, None)
-        .map_err(Error::kernel("read the host's rules"))?;
-    let plan = forwarding::plan(&mut route, &ours)?;
-    if !plan.has_uplink {
-        tracing::warn!(
-            "the host has no default route: sandboxes reach nothing until it has one \
-                        and the pool is opened again"
-        );
-    }
-    let rules = firewall::host::Rules {
-        name: config.name.clone(),
-        subnet: config.subnet,
-        deny: config.always_denied(),
-        resolvers: config.allow_hosts.clone(),
-        fenced_uplinks: plan.fenced_uplinks.clone(),
-        fenced_off: plan.fenced_off.clone(),
-    };
-    firewall::host::install(&mut netfilter, &rules)
-        .map_err(Error::kernel("install the host's rules"))?;
-    forwarding::enable(&plan)?;
-    Ok(plan.fenced_uplinks)
-}
-
-/// Makes sure that nobody else on this host uses addresses of the slots' subnet. A route to a
-/// larger range is fine: those to the slots are more specific.
-fn check_subnet(config: &PoolConfig, route: &mut Route) -> Result<()> {
-    let interfaces = links::list(route)?;
-    for destination in links::routes(route)? {
-        if !config.subnet.contains(&destination.net) {
-            continue;
-        }
-        let other = interfaces.iter().find(|interface| {
-            destination.interfaces.contains(&interface.index)
-                && config.name.index_of(&interface.name).is_none()
-        });
-        if let Some(other) = other {
-            return Err(Error::SubnetTaken {
-                subnet: config.subnet,
-                taken: destination.net,
-                interface: other.name.clone(),
-            });
-        }
-    }
-    Ok(())
 }

@@ -215,10 +215,38 @@ pub(crate) fn destroy_here(config: &PoolConfig, index: SlotIndex) -> Result<()> 
     netns::forget(&config.netns_path(index))
 }
 
-/// As [`destroy_here`], from anywhere.
-pub(crate) async fn destroy(config: Arc<PoolConfig>, host: Netns, index: SlotIndex) -> Result<()> {
+/// What is to be removed: a slot by its number, and its parts where the pool holds them.
+#[derive(Debug)]
+pub(crate) struct Condemned {
+    pub(crate) index: SlotIndex,
+    pub(crate) parts: Option<Parts>,
+}
+
+impl From<SlotIndex> for Condemned {
+    fn from(index: SlotIndex) -> Self {
+        Self { index, parts: None }
+    }
+}
+
+impl From<Parts> for Condemned {
+    fn from(parts: Parts) -> Self {
+        Self {
+            index: parts.index,
+            parts: Some(parts),
+        }
+    }
+}
+
+/// Removes a slot: [`destroy_here`], from anywhere.
+pub(crate) async fn destroy(
+    config: Arc<PoolConfig>,
+    host: Netns,
+    condemned: Condemned,
+) -> Result<()> {
     host.run("remove a network slot", move || {
-        destroy_here(&config, index)
+        // Closing the tap removes it, for which the kernel takes its time: done in this thread.
+        drop(condemned.parts);
+        destroy_here(&config, condemned.index)
     })
     .await
 }
@@ -228,18 +256,18 @@ pub(crate) async fn destroy(config: Arc<PoolConfig>, host: Netns, index: SlotInd
 pub(crate) async fn destroy_all(
     config: &Arc<PoolConfig>,
     host: &Netns,
-    indices: impl IntoIterator<Item = SlotIndex>,
+    condemned: impl IntoIterator<Item = Condemned>,
 ) -> Vec<(SlotIndex, Result<()>)> {
     /// Each has a thread.
     const AT_ONCE: usize = 16;
     let mut running = JoinSet::new();
     let mut done = Vec::new();
-    for index in indices {
+    for condemned in condemned {
         if running.len() >= AT_ONCE {
             done.extend(running.join_next().await);
         }
-        let (config, host) = (Arc::clone(config), host.clone());
-        running.spawn(async move { (index, destroy(config, host, index).await) });
+        let (config, host, index) = (Arc::clone(config), host.clone(), condemned.index);
+        running.spawn(async move { (index, destroy(config, host, condemned).await) });
     }
     done.extend(running.join_all().await.into_iter().map(Ok));
     // What runs there neither panics nor is it aborted.

@@ -10,7 +10,7 @@ use crate::{
     address::TAP,
     links,
     netns::{Netns, in_thread},
-    provision::{ALIAS_PREFIX, alias, destroy_all},
+    provision::{ALIAS_PREFIX, Condemned, alias, destroy_all},
 };
 
 /// What was found when a pool was opened or swept.
@@ -46,7 +46,7 @@ pub(crate) async fn sweep(config: &Arc<PoolConfig>, host: &Netns) -> Result<Swee
         .union(&interfaces)
         .filter(|index| !adoptable.contains(index))
         .copied();
-    let outcomes = destroy_all(config, host, unused).await;
+    let outcomes = destroy_all(config, host, unused.map(Condemned::from)).await;
     let mut removed: Vec<SlotIndex> = outcomes
         .into_iter()
         .map(|(index, gone)| gone.map(|()| index))
