@@ -34,7 +34,7 @@ pub struct Counts {
     pub ready: usize,
     /// In use, adopted ones included.
     pub leased: usize,
-    /// Being made, or made new after use.
+    /// Being made, made new after use, or removed.
     pub pending: usize,
     /// In use since before this process started, and not adopted yet.
     pub adoptable: usize,
@@ -86,7 +86,10 @@ struct State {
     returned: Vec<Parts>,
     leased: BTreeSet<SlotIndex>,
     adoptable: BTreeSet<SlotIndex>,
+    /// Slots that are being made or made new: they become ready.
     pending: usize,
+    /// Slots that are being removed: they only make room.
+    removing: usize,
     broken: usize,
     waiting: VecDeque<oneshot::Sender<Result<Slot>>>,
     pause_until: Option<Instant>,
@@ -100,6 +103,7 @@ impl State {
             + self.leased.len()
             + self.adoptable.len()
             + self.pending
+            + self.removing
             + self.broken
     }
 }
@@ -136,6 +140,7 @@ impl SlotPool {
                 leased: BTreeSet::new(),
                 adoptable,
                 pending: 0,
+                removing: 0,
                 broken: 0,
                 waiting: VecDeque::new(),
                 pause_until: None,
@@ -244,7 +249,7 @@ impl SlotPool {
     /// When one cannot be removed; the others are.
     pub async fn sweep(&self) -> Result<SweepReport> {
         let unadopted = std::mem::take(&mut lock(&self.shared.state).adoptable);
-        lock(&self.shared.state).pending += unadopted.len();
+        lock(&self.shared.state).removing += unadopted.len();
         let removed = self
             .shared
             .remove_all(unadopted.into_iter().map(Condemned::from))
@@ -262,7 +267,7 @@ impl SlotPool {
         Counts {
             ready: state.ready.len(),
             leased: state.leased.len(),
-            pending: state.pending + state.returned.len(),
+            pending: state.pending + state.removing + state.returned.len(),
             adoptable: state.adoptable.len(),
             broken: state.broken,
             max: self.shared.config.size_max,
@@ -287,7 +292,7 @@ impl SlotPool {
             let mut state = lock(&self.shared.state);
             let mut ready: Vec<Parts> = state.ready.drain(..).collect();
             ready.append(&mut state.returned);
-            state.pending += ready.len();
+            state.removing += ready.len();
             let left: Vec<SlotIndex> = state.leased.union(&state.adoptable).copied().collect();
             (ready, left, state.broken)
         };
@@ -325,6 +330,7 @@ impl Shared {
     fn queue(&self, state: &mut State) -> Result<oneshot::Receiver<Result<Slot>>> {
         state.waiting.retain(|waiting| !waiting.is_closed());
         let coming = state.pending
+            + state.removing
             + state.returned.len()
             + self.config.size_max.saturating_sub(state.total());
         if state.waiting.len() >= coming {
@@ -417,6 +423,13 @@ impl Shared {
     /// Removes a pending slot from the host and its number from the books, or leaves the number
     /// taken if it is not to be used again.
     async fn remove(&self, condemned: impl Into<Condemned>, reuse: bool) -> Result<()> {
+        {
+            let mut state = lock(&self.state);
+            state.pending -= 1;
+            state.removing += 1;
+        }
+        // Somebody may wait for a slot: another can be made meanwhile.
+        self.wake.notify_one();
         let condemned = condemned.into();
         let (config, host, index) = (Arc::clone(&self.config), self.host.clone(), condemned.index);
         let removed = provision::destroy(config, host, condemned).await;
@@ -424,7 +437,7 @@ impl Shared {
         removed
     }
 
-    /// Removes pending slots; returns which, or what went wrong with one that was not.
+    /// Removes slots that are in the books as being removed; returns which, or what went wrong with one that was not.
     async fn remove_all(
         &self,
         condemned: impl IntoIterator<Item = Condemned>,
@@ -441,7 +454,7 @@ impl Shared {
 
     fn book_removal(&self, index: SlotIndex, removed: &Result<()>, reuse: bool) {
         let mut state = lock(&self.state);
-        state.pending -= 1;
+        state.removing -= 1;
         match removed {
             Ok(()) if reuse => state.numbers.give_back(index),
             Ok(()) => state.broken += 1,
@@ -460,7 +473,11 @@ impl Shared {
             let settled = self.settled.notified();
             tokio::pin!(settled);
             settled.as_mut().enable();
-            if lock(&self.state).pending == 0 {
+            let busy = {
+                let state = lock(&self.state);
+                state.pending + state.removing
+            };
+            if busy == 0 {
                 return;
             }
             settled.await;

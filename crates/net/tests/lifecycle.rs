@@ -119,6 +119,28 @@ fn many_waiters_are_served_and_those_that_leave_cost_nothing() {
 }
 
 #[test]
+fn nobody_waits_for_another_slots_removal() {
+    in_world(async |world| {
+        // A pool that keeps none removes each slot that comes back.
+        let config = PoolConfig {
+            size_min: 0,
+            size_max: 8,
+            ..world.config()
+        };
+        let (pool, _) = SlotPool::open(config).await.unwrap();
+        let first = pool.acquire().await.unwrap();
+        let index = first.index();
+        pool.release(first).await.unwrap();
+        // Its removal goes on, and its number is not free before that has ended.
+        assert_eq!(pool.counts().pending, 1);
+        let second = pool.acquire().await.unwrap();
+        assert_ne!(second.index(), index, "the removal was waited for");
+        pool.release(second).await.unwrap();
+        pool.close().await.unwrap();
+    });
+}
+
+#[test]
 fn a_slot_of_another_pool_is_refused() {
     in_world(async |world| {
         let other_dir = tempfile::tempdir().unwrap();
