@@ -284,7 +284,7 @@ async fn idempotency_keys_replay_mismatch_and_forgive_failures() {
 
 #[tokio::test]
 async fn a_kill_that_fails_is_tried_again_and_hidden_meanwhile() {
-    let plane = Plane::new().await;
+    let plane = Plane::with_kill_patience(Duration::from_secs(2)).await;
     let sandboxes = &plane.control.sandboxes;
     let a = sandboxes
         .create(request("base"))

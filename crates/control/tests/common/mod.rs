@@ -20,24 +20,34 @@ pub struct Plane {
     pub control: Control,
     pub fleet: Arc<MemoryFleet>,
     pub reconciled: Reconciled,
+    kill_patience: Duration,
     pub dir: tempfile::TempDir,
 }
 
 impl Plane {
     /// A fresh control plane with a template `base`.
     pub async fn new() -> Self {
+        // Long: a busy machine is slow, and no test but one wants to see a kill give up.
+        Self::with_kill_patience(Duration::from_secs(30)).await
+    }
+
+    pub async fn with_kill_patience(kill_patience: Duration) -> Self {
         let dir = tempfile::tempdir().expect("tempdir");
-        let plane = Self::open(dir, Arc::default()).await;
+        let plane = Self::open(dir, Arc::default(), kill_patience).await;
         plane.build("base").await;
         plane
     }
 
-    pub async fn open(dir: tempfile::TempDir, fleet: Arc<MemoryFleet>) -> Self {
+    async fn open(
+        dir: tempfile::TempDir,
+        fleet: Arc<MemoryFleet>,
+        kill_patience: Duration,
+    ) -> Self {
         let config = ControlConfig {
             sandboxes: SandboxConfig {
                 sample_every: Duration::from_millis(50),
                 first_sample_after: Duration::from_millis(5),
-                kill_patience: Duration::from_secs(3),
+                kill_patience,
                 ..SandboxConfig::default()
             },
             ..ControlConfig::new(dir.path().join("cubicle.db"))
@@ -49,6 +59,7 @@ impl Plane {
             control,
             fleet,
             reconciled,
+            kill_patience,
             dir,
         }
     }
@@ -59,7 +70,7 @@ impl Plane {
         self.control.close().await;
         drop(self.control);
         between(&self.fleet);
-        Self::open(self.dir, self.fleet).await
+        Self::open(self.dir, self.fleet, self.kill_patience).await
     }
 
     pub async fn start_build(&self, name: &str) -> Build {
