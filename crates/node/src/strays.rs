@@ -153,40 +153,36 @@ fn remove_empty(dir: &Path) {
 mod tests {
     use std::{
         os::unix::process::CommandExt as _,
-        process::{Child, Command},
+        process::{Child, Command, Stdio},
     };
+
+    use cubicle_ids::SandboxId;
 
     use super::*;
 
-    fn sleep(uid: u32, name: &str) -> Child {
+    /// A process of that user and name, without children, which could be taken for it while they
+    /// start.
+    fn waiting(uid: u32, name: &str) -> Child {
         let mut command = Command::new("sh");
         command
-            .args(["-c", "sleep 60 & wait", name])
-            .process_group(0);
-        if rustix::process::getuid().is_root() {
-            command.uid(uid);
-        }
+            .args(["-c", "read _", name])
+            .stdin(Stdio::piped())
+            .uid(uid);
         command.spawn().unwrap()
-    }
-
-    fn end(mut child: Child) {
-        let group = Pid::from_child(&child);
-        rustix::process::kill_process_group(group, Signal::KILL).ok();
-        child.wait().unwrap();
     }
 
     #[test]
     fn only_a_vms_process_with_the_right_name_that_is_unknown_is_killed() {
-        if !rustix::process::getuid().is_root() {
-            eprintln!("SKIPPED: giving a process another user needs root");
-            return;
-        }
-        let ids = ["iaaaaaaaaaaaaaaaaaaa", "ibbbbbbbbbbbbbbbbbbb"].map(str::to_owned);
+        assert!(
+            rustix::process::getuid().is_root(),
+            "giving a process another user needs root"
+        );
+        let ids = [SandboxId::generate(), SandboxId::generate()].map(|id| id.to_string());
         let sandboxes = HashSet::from(ids.clone());
-        let mut stray = sleep(VM_UID_BASE + 7, &ids[0]);
-        let known = sleep(VM_UID_BASE + 8, &ids[1]);
-        let other = sleep(VM_UID_BASE + 9, "iccccccccccccccccccc");
-        let person = sleep(65_534, &ids[0]);
+        let mut stray = waiting(VM_UID_BASE + 7, &ids[0]);
+        let known = waiting(VM_UID_BASE + 8, &ids[1]);
+        let other = waiting(VM_UID_BASE + 9, SandboxId::generate().as_str());
+        let person = waiting(65_534, &ids[0]);
         let pid = |child: &Child| i32::try_from(child.id()).unwrap();
         // They have not changed their user or become the shell yet.
         while !(is_stray(pid(&stray), &sandboxes) && is_stray(pid(&known), &sandboxes)) {
@@ -196,10 +192,10 @@ mod tests {
         assert_eq!(kill_strays(&sandboxes, &[pid(&known)]).unwrap(), 1);
         assert!(!stray.wait().unwrap().success());
         assert_eq!(kill_strays(&sandboxes, &[pid(&known)]).unwrap(), 0);
-        end(stray);
         for mut child in [known, other, person] {
             assert!(child.try_wait().unwrap().is_none(), "still runs");
-            end(child);
+            child.kill().unwrap();
+            child.wait().unwrap();
         }
     }
 }

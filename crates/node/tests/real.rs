@@ -150,7 +150,13 @@ async fn sandboxes_of_one_template_are_machines_of_their_own() {
     let power_off = "sudo sh -c 'echo o > /proc/sysrq-trigger'; sleep 60";
     let cut_off = tokio::spawn(async move { bash(&task, &target, power_off).await });
     let event = events.recv().await.unwrap();
-    assert_eq!(event, NodeEvent::Exited { id: other.clone(), generation: 1 });
+    assert_eq!(
+        event,
+        NodeEvent::Exited {
+            id: other.clone(),
+            generation: 1
+        }
+    );
     assert!(cut_off.await.is_err(), "its answer never came");
     assert_eq!(node.kill(&one).await.unwrap(), KillOutcome::Killed);
     assert_eq!(node.sandboxes(), []);
@@ -193,7 +199,7 @@ fn sandboxes_outlive_a_crash_and_what_is_nobodys_is_removed() {
         let begun = Instant::now();
         let (node, report) = machine.open(hypervisor().await).await;
         eprintln!("opened in {:?}: {report:?}", begun.elapsed());
-        assert_eq!(report.adopted, [survivor.clone()]);
+        assert_eq!(report.adopted, std::slice::from_ref(&survivor));
         assert_eq!((report.unfinished.len(), report.swept_vms), (1, 1));
         assert_eq!((report.lost.len(), report.swept_slots), (0, 1));
         assert_eq!(vm_processes(&machine).len(), 1);

@@ -8,13 +8,15 @@ use std::{
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_image::Progress;
 use futures::{StreamExt as _, stream};
-use proptest::prelude::*;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
     CreateSandbox, Error, Failure, KillOutcome, Node, NodeEvent, SandboxState, empty_body,
     testing::Machine,
 };
+
+mod mixed;
+mod restart;
 
 /// Every step of a create, in the order of their beginnings.
 const CREATE_STEPS: [&str; 8] = [
@@ -322,7 +324,16 @@ async fn a_removal_that_fails_is_tried_until_it_succeeds() {
     let id = order.id.clone();
     node.create(order).await.unwrap();
     machine.hypervisor.immortal.store(2, SeqCst);
-    assert_eq!(node.kill(&id).await.unwrap(), KillOutcome::Killed);
+    // Whether this kill still sees the end depends on how busy the machine is.
+    let killed = node.kill(&id).await;
+    assert!(
+        matches!(
+            killed,
+            Ok(KillOutcome::Killed) | Err(Error::KillTimeout { .. })
+        ),
+        "{killed:?}"
+    );
+    until("it is gone", || node.sandbox(&id).is_none()).await;
     assert_clean(&node, &machine).await;
     end(node, &machine).await;
 }
@@ -491,222 +502,10 @@ async fn two_nodes_do_not_share_a_directory() {
     end(node, &machine).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_detached_nodes_sandboxes_are_adopted_under_the_same_generation() {
-    let machine = Machine::new();
-    let (node, _) = machine.open().await;
-    let snapshot = template(&node, &machine).await;
-    let orders: Vec<_> = (0..4)
-        .map(|_| CreateSandbox::new(snapshot.clone()))
-        .collect();
-    let ids: Vec<_> = orders.iter().map(|order| order.id.clone()).collect();
-    for order in orders {
-        node.create(order).await.unwrap();
-    }
-    let before = node.sandboxes();
-    node.detach().await.unwrap();
-    node.store().clone().close().await;
-    drop(node);
-
-    assert_eq!(machine.hypervisor.alive(), 4);
-    machine.hypervisor.vm(&ids[3]).power_off();
-    let (node, mut report) = machine.open().await;
-    report.adopted.sort();
-    let mut want = ids[..3].to_vec();
-    want.sort();
-    assert_eq!(report.adopted, want);
-    assert!(matches!(&report.lost[..], [(id, why)] if *id == ids[3] && why.contains("no longer")));
-    assert_eq!(node.sandboxes(), before[..3], "facts are what they were");
-    for id in &ids[..3] {
-        assert_eq!(node.generation(id), Some(1));
-        assert_eq!(get(&node, id, "/health").await.unwrap(), 204);
-    }
-    assert_eq!(node.kill(&ids[0]).await.unwrap(), KillOutcome::Killed);
-    let mut events = node.events();
-    machine.hypervisor.vm(&ids[1]).power_off();
-    assert!(
-        matches!(events.recv().await, Ok(NodeEvent::Exited { .. })),
-        "watched as before"
-    );
-    assert_eq!(node.capacity().running, 1);
-    end(node, &machine).await;
-}
-
 fn runtime() -> Runtime {
     Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .unwrap()
-}
-
-/// What a step leaves when the process dies in it, and what the next one makes of it. The first
-/// node's runtime is torn down in the middle of the step, as `kill -9` would.
-#[test]
-fn a_crash_at_any_step_leaves_nothing_that_the_next_start_does_not_find() {
-    let machine = Machine::new();
-    let snapshot = runtime().block_on(async {
-        let (node, _) = machine.open().await;
-        let snapshot = template(&node, &machine).await;
-        end(node, &machine).await;
-        snapshot
-    });
-    let long = Failure::Delay(Duration::from_secs(3600));
-    for step in CREATE_STEPS
-        .into_iter()
-        .chain(KILL_STEPS)
-        .chain(BUILD_STEPS)
-    {
-        let first = runtime();
-        let survivor = first.block_on(async {
-            let (node, _) = machine.open().await;
-            let survivor = CreateSandbox::new(snapshot.clone());
-            let (id, victim) = (survivor.id.clone(), CreateSandbox::new(snapshot.clone()));
-            node.create(survivor).await.unwrap();
-            if step.starts_with("kill/") {
-                node.create(victim.clone()).await.unwrap();
-            }
-            node.failpoints().arm(step, long);
-            let before = node.failpoints().passes(step);
-            let (task, build) = (node.clone(), machine.template());
-            tokio::spawn(async move {
-                match step.split_once('/').unwrap().0 {
-                    "create" => drop(task.create(victim).await),
-                    "kill" => drop(task.kill(&victim.id).await),
-                    _ => drop(task.build_template(build, Progress::silent()).await),
-                }
-            });
-            until(step, || node.failpoints().passes(step) > before).await;
-            id
-        });
-        first.shutdown_timeout(Duration::from_secs(10));
-
-        runtime().block_on(async {
-            let (node, report) = machine.open().await;
-            assert_eq!(report.adopted, [survivor.clone()], "{step}: {report:?}");
-            assert_eq!(report.lost, [], "{step}");
-            assert_eq!(get(&node, &survivor, "/health").await.unwrap(), 204);
-            assert_eq!(node.sandboxes().len(), 1);
-            node.kill(&survivor).await.unwrap();
-            assert_eq!(machine.hypervisor.alive(), 0, "{step}");
-            assert_clean(&node, &machine).await;
-            assert_eq!(node.store().list().len(), 1, "{step}");
-            end(node, &machine).await;
-        });
-    }
-}
-
-#[derive(Debug, Clone)]
-enum Op {
-    Create(usize),
-    Abandon(usize, u64),
-    Kill(usize),
-    PowerOff(usize),
-    Sever(usize),
-    Ask(usize),
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let who = 0..4_usize;
-    prop_oneof![
-        3 => who.clone().prop_map(Op::Create),
-        1 => (who.clone(), 0..3000_u64).prop_map(|(who, us)| Op::Abandon(who, us)),
-        3 => who.clone().prop_map(Op::Kill),
-        1 => who.clone().prop_map(Op::PowerOff),
-        1 => who.clone().prop_map(Op::Sever),
-        2 => who.prop_map(Op::Ask),
-    ]
-}
-
-async fn apply(node: &Node, machine: &Machine, snapshot: &SnapshotId, ids: &[SandboxId], op: Op) {
-    let order = |who: usize| CreateSandbox {
-        id: ids[who].clone(),
-        ..CreateSandbox::new(snapshot.clone())
-    };
-    let vm = |who: usize| {
-        let alive = node
-            .inner
-            .registry
-            .get(&ids[who])
-            .and_then(|sandbox| sandbox.live());
-        alive.ok().map(|_| machine.hypervisor.find(&ids[who]))
-    };
-    match op {
-        Op::Create(who) => match node.create(order(who)).await {
-            Ok(_) | Err(Error::Exists { .. } | Error::Killed { .. }) => {}
-            // The VM was powered off or its daemon died before it had answered.
-            Err(Error::Broken { .. } | Error::Unanswered { .. } | Error::Vm(_)) => {}
-            Err(error) => panic!("create: {error}"),
-        },
-        Op::Abandon(who, us) => {
-            tokio::time::timeout(Duration::from_micros(us), node.create(order(who)))
-                .await
-                .ok();
-        }
-        Op::Kill(who) => {
-            node.kill(&ids[who]).await.unwrap();
-        }
-        Op::PowerOff(who) => {
-            if let Some(vm) = vm(who).flatten() {
-                vm.power_off();
-            }
-        }
-        Op::Sever(who) => {
-            if let Some(vm) = vm(who).flatten() {
-                vm.sever();
-            }
-        }
-        Op::Ask(who) => {
-            let asked =
-                tokio::time::timeout(Duration::from_secs(20), get(node, &ids[who], "/health"));
-            match asked.await.expect("every request ends") {
-                Ok(status) => assert_eq!(status, 204),
-                Err(error) => assert!(
-                    matches!(
-                        error,
-                        Error::NotFound { .. }
-                            | Error::NotReady { .. }
-                            | Error::Killed { .. }
-                            | Error::Broken { .. }
-                    ),
-                    "{error}"
-                ),
-            }
-        }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
-
-    /// Whatever is done to a few sandboxes at the same time: everything ends, and once all are
-    /// killed nothing is left.
-    #[test]
-    fn any_mix_of_operations_ends_clean(
-        lanes in prop::collection::vec(prop::collection::vec(op(), 1..12), 1..6),
-    ) {
-        let machine = Arc::new(Machine::new());
-        runtime().block_on(async {
-            let (node, _) = machine.open().await;
-            let snapshot = template(&node, &machine).await;
-            let ids: Arc<Vec<_>> = Arc::new((0..4).map(|_| SandboxId::generate()).collect());
-            let lanes = lanes.into_iter().map(|lane| {
-                let (node, machine) = (node.clone(), machine.clone());
-                let (snapshot, ids) = (snapshot.clone(), ids.clone());
-                tokio::spawn(async move {
-                    for op in lane {
-                        apply(&node, &machine, &snapshot, &ids, op).await;
-                    }
-                })
-            });
-            for lane in lanes.collect::<Vec<_>>() {
-                lane.await.unwrap();
-            }
-            for id in ids.iter() {
-                node.kill(id).await.unwrap();
-            }
-            assert_clean(&node, &machine).await;
-            end(node, &machine).await;
-        });
-    }
 }
