@@ -87,9 +87,7 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
                     host: services.host,
                     public: services.public,
                 };
-                channel::serve(port, doors)
-                    .await
-                    .map_err(Error::Channel)
+                channel::serve(port, doors).await.map_err(Error::Channel)
             }
             None => std::future::pending().await,
         }
