@@ -8,7 +8,10 @@
 set -euo pipefail
 
 readonly DATA_DIR=${CUBICLE_DATA_DIR:-/var/lib/cubicle}
-readonly RUN_DIR=/run/cubicle
+# What belongs to the usual data directory is called `cubicle`; what belongs to another one, `cub` and
+# five digits that stand for it.
+readonly NAME='cub(icle|[0-9a-f]{5})'
+readonly RUN_DIRS='/run/cubicle(-[a-z0-9]+)?'
 readonly BIN=/usr/local/bin/cubicle
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 # The VMs run under user ids of their own, one for each network slot, from here on.
@@ -44,25 +47,27 @@ done < <(ps -eo pid=,uid=,comm=)
 # namespace.
 mounts() {
     findmnt --noheadings --raw --output TARGET |
-        awk -v data="$DATA_DIR/" -v run="$RUN_DIR/" 'index($0, data) == 1 || index($0, run) == 1'
+        awk -v data="$DATA_DIR/" -v run="^$RUN_DIRS/" 'index($0, data) == 1 || $0 ~ run'
 }
 while read -r target; do
-    umount --lazy "$target"
+    # Some go with others. What stays is found below.
+    umount --lazy "$target" || true
 done < <(mounts | tac)
 
-nft -j list tables 2>/dev/null | grep -o '"family": "[a-z0-9]*", "name": "cubicle"' |
-    sed 's/.*family": "\([a-z0-9]*\)".*/\1/' |
-    while read -r family; do nft delete table "$family" cubicle; done || true
-for link in /sys/class/net/cubicle-*; do
-    [[ -e $link ]] && ip link delete "${link##*/}"
-done
+while read -r _ family table; do
+    nft delete table "$family" "$table"
+done < <(nft list tables | grep -E "^table [a-z0-9]+ $NAME\$" || true)
+while read -r link; do
+    # The other end of a pair has gone with the first.
+    ip link delete "$link" 2>/dev/null || true
+done < <(ip -o link show | sed 's/^[0-9]*: //; s/[:@].*//' | grep -E "^$NAME-[0-9]+\$" || true)
 find /sys/fs/cgroup -depth -type d -name 'cubicle*' -exec rmdir --ignore-fail-on-non-empty {} + 2>/dev/null || true
 
 # Never through a mount: it may be anything.
 if left=$(mounts) && [[ -n $left ]]; then
     die "still mounted: ${left//$'\n'/, }"
 fi
-for directory in "$DATA_DIR" "$RUN_DIR"; do
+for directory in "$DATA_DIR" /run/cubicle /run/cubicle-*; do
     [[ -d $directory ]] || continue
     find "$directory" -mindepth 1 -maxdepth 1 -exec rm -rf {} +
     # It stays if it is a file system of its own.
