@@ -147,12 +147,26 @@ mod tests {
 
     #[test]
     fn what_could_leave_a_directory_is_no_id() {
-        for bad in ["", "..", "a/b", "a.b", "a\nb", "A", "i0 ", "-a", "é", &"a".repeat(10_000)] {
+        for bad in [
+            "",
+            "..",
+            "a/b",
+            "a.b",
+            "a\nb",
+            "A",
+            "i0 ",
+            "-a",
+            "é",
+            &"a".repeat(10_000),
+        ] {
             assert!(bad.parse::<SandboxId>().is_err(), "{bad:?}");
             assert!(bad.parse::<SnapshotId>().is_err(), "{bad:?}");
             assert!(bad.parse::<TemplateId>().is_err(), "{bad:?}");
         }
-        assert!("i0-i1".parse::<SandboxId>().is_err(), "a client id suffix is stripped by the API");
+        assert!(
+            "i0-i1".parse::<SandboxId>().is_err(),
+            "a client id suffix is stripped by the API"
+        );
     }
 
     proptest! {

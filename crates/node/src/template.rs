@@ -384,6 +384,11 @@ impl Builder {
         let nonce = random_hex();
         let init = InitRequest {
             default_user: Some(node.config.guest.user.clone()),
+            // Whatever is written about a sandbox is there already when it becomes one: replacing it
+            // is faster.
+            sandbox_id: Some(id.clone()),
+            template_id: build.template.clone(),
+            machine_id: Some(random_hex()),
             hostname: Some(HOSTNAME.to_owned()),
             dns_servers: node.config.guest.dns_servers.clone(),
             nonce: Some(nonce.clone()),

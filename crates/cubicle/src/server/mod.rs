@@ -583,5 +583,5 @@ fn cpu_model() -> String {
 
 fn total_memory_mib() -> u64 {
     let info = rustix::system::sysinfo();
-    u64::from(info.totalram) * u64::from(info.mem_unit) >> 20
+    (info.totalram * u64::from(info.mem_unit)) >> 20
 }

@@ -2,10 +2,11 @@
 
 use std::{
     fmt::Write as _,
-    fs, io,
+    fs::{self, OpenOptions},
+    io::{self, Write as _},
     net::Ipv4Addr,
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use rustix::system::sethostname;
@@ -81,8 +82,8 @@ impl Names<'_> {
 }
 
 /// Writes in place, as the file may be one that something is mounted on.
-fn replace(path: &PathBuf, content: &str) -> io::Result<()> {
-    match fs::write(path, content) {
+fn replace(path: &Path, content: &str) -> io::Result<()> {
+    match overwrite(path, content) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             // Its directory is missing, or it is a link that leads nowhere (`resolv.conf` of a
             // service that isn't running).
@@ -91,12 +92,27 @@ fn replace(path: &PathBuf, content: &str) -> io::Result<()> {
             } else if let Some(parent) = path.parent() {
                 fs::create_dir_all(parent)?;
             }
-            fs::write(path, content)?;
+            overwrite(path, content)
         }
-        result => result?,
+        result => result,
     }
-    if fs::metadata(path)?.permissions().mode() & 0o444 != 0o444 {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o644))?;
+}
+
+/// Does not empty the file first: what replaces an id is mostly as long as what was there, and
+/// giving pages back to take them again is a large part of such a write.
+fn overwrite(path: &Path, content: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
+    file.write_all(content.as_bytes())?;
+    let metadata = file.metadata()?;
+    if metadata.len() != content.len() as u64 {
+        file.set_len(content.len() as u64)?;
+    }
+    if metadata.permissions().mode() & 0o444 != 0o444 {
+        file.set_permissions(fs::Permissions::from_mode(0o644))?;
     }
     Ok(())
 }
@@ -134,6 +150,19 @@ mod tests {
         );
         assert_eq!(hosts, "127.0.0.1 localhost\n::1 x\n127.0.1.1 new\n");
         assert_eq!(with_own_name(&hosts, "new"), hosts);
+    }
+
+    #[test]
+    fn a_shorter_content_leaves_nothing_of_a_longer_one() {
+        let root = root();
+        let path = root.path().join("etc/hostname");
+        for content in ["a-long-name\n", "short\n", "a-name-as-long-as-before\n", ""] {
+            replace(&path, content).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        replace(&path, "x").unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o644);
     }
 
     #[test]
