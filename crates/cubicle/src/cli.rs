@@ -31,12 +31,19 @@ pub(crate) struct Global {
         long,
         global = true,
         env = "CUBICLE_DATA_DIR",
+        hide_env_values = true,
         value_name = "DIR",
         default_value = "/var/lib/cubicle"
     )]
     pub(crate) data_dir: PathBuf,
     /// Server to talk to [default: the one running on this machine]
-    #[arg(long, global = true, env = "CUBICLE_URL", value_name = "URL")]
+    #[arg(
+        long,
+        global = true,
+        env = "CUBICLE_URL",
+        value_name = "URL",
+        hide_env_values = true
+    )]
     pub(crate) url: Option<String>,
     /// API key [default: the local server's own]
     #[arg(
@@ -307,6 +314,6 @@ mod tests {
 
     #[test]
     fn help() {
-        insta::assert_snapshot!(Cli::command().render_help().to_string());
+        insta::assert_snapshot!(Cli::command().term_width(100).render_help().to_string());
     }
 }
