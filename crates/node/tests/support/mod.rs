@@ -114,6 +114,27 @@ impl Machine {
         Node::open(config, hypervisor, store, pool).await.unwrap()
     }
 
+    /// Ends what a test that failed has left running, which would outlive it as it should outlive a
+    /// server.
+    fn clear(&self) {
+        for pid in vm_processes(self) {
+            let pid = rustix::process::Pid::from_raw(pid).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+        }
+        let Ok(namespaces) = std::fs::read_dir(self.path().join("run/netns")) else {
+            return;
+        };
+        for namespace in namespaces.flatten() {
+            let detach = rustix::mount::UnmountFlags::DETACH;
+            rustix::mount::unmount(namespace.path(), detach).ok();
+        }
+        let table = self.pool_config().name;
+        Command::new("nft")
+            .args(["delete", "table", "inet", table.as_str()])
+            .status()
+            .ok();
+    }
+
     /// What there is on the machine that belongs to sandboxes.
     pub fn remains(&self) -> Vec<String> {
         let mut found = Vec::new();
@@ -134,6 +155,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.clear();
+        }
         let path = self.path().to_owned();
         let deadline = Instant::now() + Duration::from_secs(10);
         // The store's last task may hold a file for a moment longer.
