@@ -32,6 +32,7 @@ use crate::{
     link::{Body, GuestStream},
     metrics,
     registry::Registry,
+    restore,
     slots::Slots,
     template::{self, BuiltTemplate, TemplateBuild},
 };
@@ -253,6 +254,16 @@ impl Node {
             memory_budget_mib: registry.limits().memory_budget_mib,
             slots: self.inner.slots.counts(),
         }
+    }
+
+    /// Whether sandboxes can be made from a snapshot here: it is there, and it is of a machine that
+    /// this node makes. An upgrade of the hypervisor may end that.
+    #[must_use]
+    pub fn can_restore(&self, id: &SnapshotId) -> bool {
+        self.inner
+            .store
+            .snapshot(id)
+            .is_ok_and(|snapshot| restore::check_machine(&self.inner, &snapshot).is_ok())
     }
 
     /// The store of snapshots and volumes.

@@ -189,7 +189,7 @@ async fn clone_disks(node: &Inner, key: &Key, snapshot: &Snapshot) -> Result<Vec
 }
 
 /// Device state means nothing to another machine than the one that it was saved from.
-fn check_machine(node: &Inner, snapshot: &Snapshot) -> Result<()> {
+pub(crate) fn check_machine(node: &Inner, snapshot: &Snapshot) -> Result<()> {
     let vm = &snapshot.manifest().vm;
     let name = (node.hypervisor.name().to_owned(), vm.hypervisor.clone());
     let machine = (

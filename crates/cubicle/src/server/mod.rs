@@ -341,9 +341,10 @@ impl Server {
             Ok(resolved) => self.store.snapshot(&resolved.snapshot).ok(),
             Err(_) => None,
         };
-        let fresh = current
-            .as_ref()
-            .is_some_and(|snapshot| snapshot.manifest().kernel == kernel.fingerprint.as_str());
+        let fresh = current.as_ref().is_some_and(|snapshot| {
+            snapshot.manifest().kernel == kernel.fingerprint.as_str()
+                && self.node.can_restore(snapshot.id())
+        });
         if fresh {
             report(Starting::Done {
                 step: "template".to_owned(),
