@@ -14,7 +14,6 @@
 //!   [`ApiConfig::open_metrics`] is set; everything else needs one unless [`AuthMode::Open`] is.
 
 mod auth;
-mod data_plane;
 mod envelope;
 mod error;
 mod extract;
@@ -34,7 +33,7 @@ use http::HeaderName;
 use prometheus_client::registry::Registry;
 use tower_http::cors::{Any, CorsLayer};
 
-pub use self::{auth::AuthMode, data_plane::proxy_metrics, openapi::openapi};
+pub use self::{auth::AuthMode, openapi::openapi};
 use self::{envelope::envelope, observe::Metrics};
 
 /// Time for an ordinary request.

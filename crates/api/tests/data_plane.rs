@@ -47,8 +47,10 @@ async fn requests_into_sandboxes_are_counted_beside_the_apis_own() {
         open_metrics: true,
         ..ApiConfig::default()
     };
-    let register = cubicle_api::proxy_metrics(proxy.clone());
-    let state = AppState::new(server.control.clone(), config, register);
+    let counters = Box::new(proxy.metrics().clone());
+    let state = AppState::new(server.control.clone(), config, |registry| {
+        registry.register_collector(counters);
+    });
     let router: Router = cubicle_api::router(state).layer(middleware::from_fn_with_state(
         proxy,
         cubicle_proxy::intercept,

@@ -107,7 +107,7 @@ impl Collector for Metrics {
         let active = ConstGauge::new(i64::try_from(now.active).unwrap_or(i64::MAX));
         let help = "Data-plane requests whose response is not complete yet";
         active.encode(encoder.encode_descriptor(
-            "proxy_active",
+            "proxy_active_requests",
             help,
             None,
             active.metric_type(),

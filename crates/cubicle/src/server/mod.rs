@@ -71,7 +71,7 @@ pub(crate) type Report<'a> = &'a (dyn Fn(Starting) + Send + Sync);
 pub(crate) struct Server {
     /// How to reach it.
     pub(crate) connection: Connection,
-    /// True if the key was made just now.
+    /// What runs guest instructions: `kvm` or `tcg`.
     pub(crate) accelerator: String,
     node: Node,
     control: Control,
