@@ -100,8 +100,12 @@ pub fn router(state: AppState) -> Router {
         .nest("/cubicle/v1", own)
         .fallback(envelope::not_found)
         .method_not_allowed_fallback(envelope::wrong_method)
-        .layer(middleware::from_fn_with_state(state.clone(), envelope))
-        .layer(cors());
+        .layer(middleware::from_fn_with_state(state.clone(), envelope));
+    let root = match state.config.auth {
+        AuthMode::Key => root.layer(cors()),
+        // Without a key, any page that somebody on this machine opens could use the server.
+        AuthMode::Open => root,
+    };
     root.with_state(state)
 }
 

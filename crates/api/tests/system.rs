@@ -287,3 +287,15 @@ async fn requests_have_ids_and_browsers_may_call() {
     assert_eq!(answer.header("access-control-allow-origin"), "*");
     assert_eq!(answer.header("access-control-allow-headers"), "*");
 }
+
+#[tokio::test]
+async fn pages_of_strangers_cannot_use_a_server_that_asks_for_no_key() {
+    let server = Server::open().await;
+    let preflight = Request::options("/v2/sandboxes")
+        .header("origin", "https://app.example")
+        .header("access-control-request-method", "POST")
+        .body(Body::empty())
+        .expect("request");
+    let answer = server.send(preflight).await;
+    assert!(!answer.headers.contains_key("access-control-allow-origin"));
+}
