@@ -5,7 +5,10 @@ use axum::{
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
-use http::{HeaderMap, StatusCode, header::AUTHORIZATION};
+use http::{
+    HeaderMap, StatusCode,
+    header::{AUTHORIZATION, ORIGIN},
+};
 
 use crate::{AppState, error::ApiError};
 
@@ -32,6 +35,12 @@ pub(crate) async fn require_key(
 
 pub(crate) fn check(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
     if state.config.auth == AuthMode::Open {
+        // Browsers name the page that asks; programs name none. A page needs no leave to send a
+        // simple request, so it is refused here and not only by what it may read.
+        if headers.contains_key(ORIGIN) {
+            let message = "pages may not call a server that asks for no key";
+            return Err(ApiError::new(StatusCode::FORBIDDEN, message));
+        }
         return Ok(());
     }
     let refuse = |message: &str| Err(ApiError::new(StatusCode::UNAUTHORIZED, message));

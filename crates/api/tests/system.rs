@@ -298,4 +298,9 @@ async fn pages_of_strangers_cannot_use_a_server_that_asks_for_no_key() {
         .expect("request");
     let answer = server.send(preflight).await;
     assert!(!answer.headers.contains_key("access-control-allow-origin"));
+    let simple = Request::get("/v2/sandboxes")
+        .header("origin", "https://app.example")
+        .body(Body::empty())
+        .expect("request");
+    server.send(simple).await.expect(403);
 }
