@@ -5,6 +5,9 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+/// Where Cubicle keeps its state unless it is told otherwise.
+pub(crate) const DEFAULT_DATA_DIR: &str = "/var/lib/cubicle";
+
 /// Sandboxes for AI agents: every agent gets a microVM of its own, in milliseconds.
 #[derive(Debug, Parser)]
 #[command(
@@ -33,7 +36,7 @@ pub(crate) struct Global {
         env = "CUBICLE_DATA_DIR",
         hide_env_values = true,
         value_name = "DIR",
-        default_value = "/var/lib/cubicle"
+        default_value = DEFAULT_DATA_DIR
     )]
     pub(crate) data_dir: PathBuf,
     /// Server to talk to [default: the one running on this machine]

@@ -39,7 +39,7 @@ use self::{
     routes::SandboxRoutes,
 };
 use crate::{
-    cli::{Accelerator, Up},
+    cli::{Accelerator, DEFAULT_DATA_DIR, Up},
     client::Connection,
     error::Error,
 };
@@ -93,7 +93,7 @@ impl Dirs {
         use std::os::unix::fs::DirBuilderExt as _;
         // Two servers with different data directories must not meet in one run directory.
         let run = match data {
-            data if data == Path::new("/var/lib/cubicle") => PathBuf::from(RUN_DIR),
+            data if data == Path::new(DEFAULT_DATA_DIR) => PathBuf::from(RUN_DIR),
             data => PathBuf::from(format!("{RUN_DIR}-{}", pool_name(data).as_str())),
         };
         let dirs = Self {
@@ -165,7 +165,7 @@ pub(crate) async fn accelerator_verdict(data_dir: &Path) -> Result<Option<Verdic
 /// Name of the slot pool that belongs to a data directory: `cubicle` for the usual one.
 fn pool_name(data: &Path) -> cubicle_net::PoolName {
     use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-    if data == Path::new("/var/lib/cubicle") {
+    if data == Path::new(DEFAULT_DATA_DIR) {
         return cubicle_net::PoolName::default();
     }
     let mut hasher = DefaultHasher::new();
