@@ -13,9 +13,13 @@
 //!   that belong to the host never leave it.
 //! - When a sandbox dies, the responses that it was sending break off; they do not end as if they
 //!   were complete.
+//! - A request for a paused sandbox waits while the routing table wakes it, if it does that.
+//! - A request that a rollback or a resume comes between ends at once: it is sent to the new life, or
+//!   answered with one error that says that it can be sent again.
 //! - A request is sent twice only if it did not reach the sandbox, or if sending it twice is
 //!   harmless and it had no body.
 
+mod attempt;
 mod envd;
 mod forward;
 mod headers;
@@ -32,5 +36,5 @@ mod upstream;
 pub use metrics::{Metrics, MetricsSnapshot};
 pub use proxy::{Proxy, intercept};
 pub use route::{Refusal, Route, SignedFile, Target, Via};
-pub use routes::{Availability, FileOperation, Routes, SandboxRoute};
+pub use routes::{Availability, FileOperation, NotWoken, Routes, SandboxRoute};
 pub use upstream::{GuestIo, Upstream, UpstreamError};

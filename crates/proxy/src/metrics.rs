@@ -26,6 +26,9 @@ pub struct Metrics {
     pub(crate) unreachable: AtomicU64,
     pub(crate) broken_off: AtomicU64,
     pub(crate) retried: AtomicU64,
+    pub(crate) interrupted: AtomicU64,
+    pub(crate) woken: AtomicU64,
+    pub(crate) not_woken: AtomicU64,
     pub(crate) connections: AtomicU64,
     pub(crate) upgrades: AtomicU64,
     pub(crate) bytes_in: AtomicU64,
@@ -59,6 +62,12 @@ pub struct MetricsSnapshot {
     pub broken_off: u64,
     /// Requests that were sent a second time.
     pub retried: u64,
+    /// Requests that a rollback or a resume came between, and that were not sent again.
+    pub interrupted: u64,
+    /// Requests that woke a paused sandbox, or waited for another one to do so.
+    pub woken: u64,
+    /// Requests that were to wake a paused sandbox and did not.
+    pub not_woken: u64,
     /// Connections that were opened to ports of sandboxes.
     pub connections: u64,
     /// Connections that were handed over to another protocol, such as WebSocket.
@@ -92,6 +101,9 @@ impl Metrics {
             unreachable: get(&self.unreachable),
             broken_off: get(&self.broken_off),
             retried: get(&self.retried),
+            interrupted: get(&self.interrupted),
+            woken: get(&self.woken),
+            not_woken: get(&self.not_woken),
             connections: get(&self.connections),
             upgrades: get(&self.upgrades),
             bytes_in: get(&self.bytes_in),
@@ -143,7 +155,16 @@ impl Collector for Metrics {
                 ("forbidden", now.forbidden),
                 ("unreachable", now.unreachable),
                 ("broken_off", now.broken_off),
+                ("interrupted", now.interrupted),
+                ("not_woken", now.not_woken),
             ],
+        )?;
+        counters(
+            "proxy_wakes",
+            "Data-plane requests that found a paused sandbox which requests wake, by outcome",
+            None,
+            "outcome",
+            &[("woken", now.woken), ("failed", now.not_woken)],
         )?;
         counters(
             "proxy_connections",
@@ -190,6 +211,9 @@ mod tests {
             &metrics.unreachable,
             &metrics.broken_off,
             &metrics.retried,
+            &metrics.interrupted,
+            &metrics.woken,
+            &metrics.not_woken,
             &metrics.connections,
             &metrics.upgrades,
             &metrics.bytes_in,
@@ -198,25 +222,25 @@ mod tests {
         for (value, counter) in (100..).zip(counters) {
             add(counter, value);
         }
-        for _ in 0..112 {
+        for _ in 0..115 {
             metrics.routed(Via::Host);
         }
         let mut registry = Registry::with_prefix("cubicle");
         registry.register_collector(Box::new(Arc::clone(&metrics)));
         let mut out = String::new();
         text::encode(&mut out, &registry).unwrap();
-        for value in 100..=112 {
+        for value in 100..=115 {
             assert!(
                 out.lines().any(|line| line.ends_with(&format!(" {value}"))),
                 "{value}: {out}"
             );
         }
         assert!(
-            out.contains("cubicle_proxy_requests_total{via=\"host\"} 112\n"),
+            out.contains("cubicle_proxy_requests_total{via=\"host\"} 115\n"),
             "{out}"
         );
         assert!(
-            out.contains("cubicle_proxy_bodies_bytes_total{direction=\"in\"} 110\n"),
+            out.contains("cubicle_proxy_bodies_bytes_total{direction=\"in\"} 113\n"),
             "{out}"
         );
     }

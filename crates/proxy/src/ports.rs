@@ -110,7 +110,7 @@ impl Ports {
 }
 
 /// The same request again, if sending it twice is harmless.
-fn repeatable(request: &Request<Body>) -> Option<Request<Body>> {
+pub(crate) fn repeatable(request: &Request<Body>) -> Option<Request<Body>> {
     if !request.method().is_idempotent() || !request.body().is_end_stream() {
         return None;
     }

@@ -16,26 +16,26 @@ use crate::{
     forward::{Active, Counted, Direction, incoming},
     headers,
     metrics::{Metrics, add},
-    ports::{Endpoint, Ports},
+    ports::Ports,
     reply::{self, Reply},
     rewrite::{self, Place},
     route::{self, Route, SignedFile, Target, Via},
-    routes::{Availability, Routes, SandboxRoute},
+    routes::{Routes, SandboxRoute},
     upgrade,
-    upstream::{Upstream, UpstreamError},
+    upstream::Upstream,
 };
 
 /// The data plane. Cheap to clone.
 #[derive(Clone)]
 pub struct Proxy {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-struct Inner {
-    routes: Arc<dyn Routes>,
-    upstream: Arc<dyn Upstream>,
-    ports: Ports,
-    metrics: Arc<Metrics>,
+pub(crate) struct Inner {
+    pub(crate) routes: Arc<dyn Routes>,
+    pub(crate) upstream: Arc<dyn Upstream>,
+    pub(crate) ports: Ports,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 impl Proxy {
@@ -86,7 +86,7 @@ impl Proxy {
             Route::Target(target) => target,
         };
         inner.metrics.routed(target.via);
-        let sandbox = self.admit(&target, request.headers())?;
+        let sandbox = self.admit(&target, request.headers()).await?;
         let envd = envd::is_envd(&target);
         let host = route::host_value(&request);
         let (prefix, path) = inside(&target, request.uri());
@@ -121,27 +121,9 @@ impl Proxy {
         parts.extensions = http::Extensions::new();
         let request = Request::from_parts(parts, incoming(body, &inner.metrics));
 
-        let mut response = if envd {
-            inner
-                .upstream
-                .request(&target.id, request)
-                .await
-                .map_err(|error| self.explain(&target, Some(&error), &error.to_string()))?
-                .map(|body| self.outgoing(body, active))
-        } else {
-            let endpoint = Endpoint {
-                id: target.id.clone(),
-                generation: sandbox.generation,
-                port: target.port,
-            };
-            let mut response = inner
-                .ports
-                .send(&endpoint, request)
-                .await
-                .map_err(|error| self.explain(&target, error.upstream(), &error.to_string()))?;
-            upgrade::join(client_end, &mut response, &inner.metrics);
-            response.map(|body| self.outgoing(body, active))
-        };
+        let mut response = self.attempts(&target, sandbox.generation, request).await?;
+        upgrade::join(client_end, &mut response, &inner.metrics);
+        let mut response = response.map(|body| self.outgoing(body, active));
 
         let switched = headers::upgrade(response.headers())
             .filter(|_| response.status() == http::StatusCode::SWITCHING_PROTOCOLS);
@@ -179,15 +161,10 @@ impl Proxy {
         }
     }
 
-    /// The sandbox, if the request may go there now.
-    fn admit(&self, target: &Target, headers: &HeaderMap) -> Result<SandboxRoute, Reply> {
+    /// The sandbox, if the request may go there now; wakes it if that is what it waits for.
+    async fn admit(&self, target: &Target, headers: &HeaderMap) -> Result<SandboxRoute, Reply> {
         let metrics = &self.inner.metrics;
-        let sandbox = self.inner.routes.lookup(&target.id);
-        let Some(sandbox) = sandbox.filter(|sandbox| sandbox.availability != Availability::Away)
-        else {
-            add(&metrics.not_found, 1);
-            return Err(Reply::no_sandbox(&target.id));
-        };
+        let sandbox = self.present(&target.id)?;
         // The guest daemon has a token of its own, and checks it.
         if let Some(token) = sandbox
             .traffic_token
@@ -205,46 +182,10 @@ impl Proxy {
                 return Err(Reply::forbidden(&target.id));
             }
         }
-        if sandbox.availability == Availability::Busy {
-            add(&metrics.unreachable, 1);
-            return Err(Reply::busy(&target.id));
-        }
-        Ok(sandbox)
+        self.awake(&target.id, sandbox).await
     }
 
-    /// What a client is told when its request did not come through.
-    fn explain(&self, target: &Target, error: Option<&UpstreamError>, text: &str) -> Reply {
-        let metrics = &self.inner.metrics;
-        match error {
-            Some(UpstreamError::PortClosed { port, .. }) => {
-                add(&metrics.port_closed, 1);
-                return Reply::port_closed(&target.id, *port);
-            }
-            Some(UpstreamError::NotReady(_)) => {
-                add(&metrics.unreachable, 1);
-                return Reply::busy(&target.id);
-            }
-            Some(UpstreamError::NotFound(_)) => {
-                add(&metrics.not_found, 1);
-                return Reply::no_sandbox(&target.id);
-            }
-            Some(UpstreamError::Unreachable { .. }) | None => {}
-        }
-        // It may have ended while the request was under way.
-        if self.inner.routes.lookup(&target.id).is_none() {
-            add(&metrics.not_found, 1);
-            return Reply::no_sandbox(&target.id);
-        }
-        tracing::warn!(sandbox = %target.id, port = target.port, error = text, "a request failed");
-        add(&metrics.unreachable, 1);
-        Reply::unreachable(&target.id)
-    }
-
-    fn outgoing<B>(&self, body: B, active: Active) -> Body
-    where
-        B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
-        B::Error: Into<axum::BoxError>,
-    {
+    fn outgoing(&self, body: Body, active: Active) -> Body {
         Body::new(Counted::new(
             body,
             &self.inner.metrics,

@@ -4,10 +4,16 @@ use axum::body::Body;
 use cubicle_ids::SandboxId;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
-    header::{ACCEPT, ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONTENT_TYPE, USER_AGENT},
+    header::{
+        ACCEPT, ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER, USER_AGENT,
+    },
 };
 use serde_json::json;
 
+use crate::routes::NotWoken;
+
+/// Tells E2B's clients whether the same request may succeed in a moment.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retry");
 /// Tells clients of CubeSandbox what became of a request.
 const RETCODE: HeaderName = HeaderName::from_static("x-cube-retcode");
 
@@ -43,6 +49,8 @@ pub(crate) struct Reply {
     pub(crate) body: serde_json::Value,
     /// What a browser shows instead of the JSON.
     pub(crate) page: Option<String>,
+    /// Whether the same request may succeed in a moment.
+    pub(crate) retry: bool,
 }
 
 impl Reply {
@@ -52,6 +60,14 @@ impl Reply {
             retcode,
             body,
             page: None,
+            retry: false,
+        }
+    }
+
+    fn try_again(self) -> Self {
+        Self {
+            retry: true,
+            ..self
         }
     }
 
@@ -103,7 +119,28 @@ impl Reply {
     /// A sandbox between two states.
     pub(crate) fn busy(id: &SandboxId) -> Self {
         let message = "The sandbox is changing its state, try again in a moment";
-        Self::about(id, StatusCode::CONFLICT, message, Retcode::BackendFaulty)
+        Self::about(id, StatusCode::CONFLICT, message, Retcode::BackendFaulty).try_again()
+    }
+
+    /// A sandbox that began another life, by a rollback or a resume, while a request was under way
+    /// that must not be sent twice.
+    pub(crate) fn interrupted(id: &SandboxId) -> Self {
+        let message = "The sandbox was rolled back or resumed during the request, and may have seen a part of \
+                       it: send it again";
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        Self::about(id, status, message, Retcode::BackendFaulty).try_again()
+    }
+
+    /// A paused sandbox that a request was to wake.
+    pub(crate) fn not_woken(id: &SandboxId, why: &NotWoken) -> Self {
+        let about = |status| Self::about(id, status, &capital(why), Retcode::BackendFaulty);
+        match why {
+            NotWoken::Gone => Self::no_sandbox(id),
+            NotWoken::Busy => Self::busy(id),
+            NotWoken::Refused(_) => about(StatusCode::FORBIDDEN),
+            NotWoken::NoRoom(_) => about(StatusCode::SERVICE_UNAVAILABLE).try_again(),
+            NotWoken::Failed(_) => about(StatusCode::BAD_GATEWAY),
+        }
     }
 
     /// Clients look for "port is not open".
@@ -166,7 +203,21 @@ impl Reply {
         if let Some(retcode) = self.retcode {
             headers.insert(RETCODE, retcode.value());
         }
+        if self.retry {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("true"));
+        }
         response
+    }
+}
+
+/// An error as a sentence.
+fn capital(error: &NotWoken) -> String {
+    let text = error.to_string();
+    let mut letters = text.chars();
+    match letters.next() {
+        Some(first) => first.to_uppercase().chain(letters).collect(),
+        None => text,
     }
 }
 

@@ -11,8 +11,30 @@ pub enum Availability {
     Running,
     /// It is on its way between two states; a client may try again.
     Busy,
-    /// There is nothing to send a request to, for example because it is paused.
+    /// It is paused, and a request wakes it.
+    Asleep,
+    /// There is nothing to send a request to, for example because it is paused for good.
     Away,
+}
+
+/// Why a sandbox did not wake up.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotWoken {
+    /// There is no such sandbox (any more).
+    #[error("the sandbox is gone")]
+    Gone,
+    /// Requests may not wake it.
+    #[error("requests do not wake the sandbox: {0}")]
+    Refused(String),
+    /// Something else is being done to it; a client may try again.
+    #[error("the sandbox is changing its state")]
+    Busy,
+    /// No machine has room for it now; a client may try again.
+    #[error("there is no room for the sandbox: {0}")]
+    NoRoom(String),
+    /// It was tried and did not work.
+    #[error("the sandbox could not be resumed: {0}")]
+    Failed(String),
 }
 
 /// What the proxy has to know about one sandbox.
@@ -51,10 +73,20 @@ impl FileOperation {
 }
 
 /// The routing table. Asked for every request, so it answers from memory.
+#[async_trait::async_trait]
 pub trait Routes: Send + Sync + 'static {
     /// The sandbox, if there is one for the outside.
     fn lookup(&self, id: &SandboxId) -> Option<SandboxRoute>;
 
-    /// The running sandbox whose token made this signature.
+    /// The sandbox whose token made this signature.
     fn find_by_signature(&self, file: &SignedFile) -> Option<SandboxId>;
+
+    /// Resumes a sandbox that is [`Availability::Asleep`]; returns once it runs. Many requests may
+    /// ask at the same time.
+    ///
+    /// # Errors
+    /// [`NotWoken`] if it does not run.
+    async fn wake(&self, id: &SandboxId) -> Result<(), NotWoken> {
+        Err(NotWoken::Refused(format!("sandbox {id} stays paused")))
+    }
 }

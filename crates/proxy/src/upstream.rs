@@ -63,6 +63,13 @@ pub trait Upstream: Send + Sync + 'static {
 
     /// Opens a stream to a TCP port on the sandbox's localhost.
     async fn connect(&self, id: &SandboxId, port: u16) -> Result<Box<dyn GuestIo>, UpstreamError>;
+
+    /// The life a sandbox is in as the machine knows it, which learns first of a new one. `None`
+    /// where it does not know.
+    fn generation(&self, id: &SandboxId) -> Option<u64> {
+        let _ = id;
+        None
+    }
 }
 
 #[async_trait::async_trait]
@@ -87,6 +94,10 @@ impl Upstream for Node {
             Ok(stream) => Ok(Box::new(stream)),
             Err(error) => Err(translate(error, id)),
         }
+    }
+
+    fn generation(&self, id: &SandboxId) -> Option<u64> {
+        Self::generation(self, id)
     }
 }
 

@@ -7,6 +7,7 @@
 )]
 
 mod access;
+mod lives;
 mod messages;
 mod servers;
 mod streams;

@@ -21,8 +21,8 @@ use std::{
 use axum::{Router, body::Body, routing::get};
 use cubicle_ids::SandboxId;
 use cubicle_proxy::{
-    Availability, GuestIo, Proxy, Routes, SandboxRoute, SignedFile, Upstream, UpstreamError,
-    intercept,
+    Availability, GuestIo, NotWoken, Proxy, Routes, SandboxRoute, SignedFile, Upstream,
+    UpstreamError, intercept,
 };
 use http::{Request, Response};
 use hyper_util::{
@@ -38,6 +38,8 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 /// One sandbox.
 pub(crate) struct Sandbox {
     pub(crate) route: SandboxRoute,
+    /// As the machine counts; the route's own is what the routing table has heard of.
+    pub(crate) generation: u64,
     pub(crate) signature: Option<SignedFile>,
     ports: HashMap<u16, SocketAddr>,
     envd: Router,
@@ -49,6 +51,16 @@ pub(crate) struct Sandbox {
 pub(crate) struct World {
     sandboxes: Mutex<HashMap<SandboxId, Sandbox>>,
     pub(crate) connections: AtomicUsize,
+    /// How long a sandbox takes to wake up, and whether it does.
+    pub(crate) wakes: Mutex<Wakes>,
+}
+
+/// What happens when a request asks for a paused sandbox.
+#[derive(Default)]
+pub(crate) struct Wakes {
+    pub(crate) asked: usize,
+    pub(crate) takes: std::time::Duration,
+    pub(crate) refuse: Option<NotWoken>,
 }
 
 impl World {
@@ -62,6 +74,7 @@ impl World {
         };
         let sandbox = Sandbox {
             route,
+            generation: 1,
             signature: None,
             ports: HashMap::new(),
             envd,
@@ -90,8 +103,25 @@ impl World {
     /// As after a rollback: the same sandbox in another life.
     pub(crate) fn next_generation(&self, id: &SandboxId) {
         self.change(id, |sandbox| {
+            sandbox.generation += 1;
             std::mem::take(&mut sandbox.life).cancel();
-            sandbox.route.generation += 1;
+            sandbox.route.generation = sandbox.generation;
+        });
+    }
+
+    /// The same in the moment when the routing table has not heard of it yet.
+    pub(crate) fn switch(&self, id: &SandboxId) {
+        self.change(id, |sandbox| {
+            sandbox.generation += 1;
+            std::mem::take(&mut sandbox.life).cancel();
+        });
+    }
+
+    /// Paused, so that requests wake it.
+    pub(crate) fn sleep(&self, id: &SandboxId) {
+        self.change(id, |sandbox| {
+            std::mem::take(&mut sandbox.life).cancel();
+            sandbox.route.availability = Availability::Asleep;
         });
     }
 
@@ -100,6 +130,7 @@ impl World {
     }
 }
 
+#[async_trait::async_trait]
 impl Routes for World {
     fn lookup(&self, id: &SandboxId) -> Option<SandboxRoute> {
         self.sandboxes
@@ -115,6 +146,26 @@ impl Routes for World {
             .iter()
             .find(|(_, sandbox)| sandbox.signature.as_ref() == Some(file));
         found.map(|(id, _)| id.clone())
+    }
+
+    async fn wake(&self, id: &SandboxId) -> Result<(), NotWoken> {
+        let (takes, refuse) = {
+            let mut wakes = self.wakes.lock().unwrap();
+            wakes.asked += 1;
+            (wakes.takes, wakes.refuse.clone())
+        };
+        tokio::time::sleep(takes).await;
+        if let Some(why) = refuse {
+            return Err(why);
+        }
+        self.change(id, |sandbox| {
+            if sandbox.route.availability == Availability::Asleep {
+                sandbox.route.availability = Availability::Running;
+                sandbox.generation += 1;
+                sandbox.route.generation = sandbox.generation;
+            }
+        });
+        Ok(())
     }
 }
 
@@ -177,6 +228,11 @@ impl Upstream for World {
             .map_err(|_| closed())?;
         self.connections.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(Mortal::new(stream, &life)))
+    }
+
+    fn generation(&self, id: &SandboxId) -> Option<u64> {
+        let sandboxes = self.sandboxes.lock().unwrap();
+        sandboxes.get(id).map(|sandbox| sandbox.generation)
     }
 }
 
