@@ -516,6 +516,7 @@ impl Machine {
             cpus: 1,
             memory_mib: MEMORY_MIB,
             warm_up: WarmUp::usual("user"),
+            settle: Duration::ZERO,
         }
     }
 

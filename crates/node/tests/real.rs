@@ -35,6 +35,7 @@ async fn template(node: &Node) -> SnapshotId {
         cpus: 1,
         memory_mib: 512,
         warm_up: WarmUp::usual("user"),
+        settle: TemplateBuild::SETTLE,
     };
     let built = node
         .build_template(build, Progress::silent())

@@ -38,6 +38,7 @@ async fn template(node: &Node, dir: &Path) -> SnapshotId {
         cpus: 1,
         memory_mib: 64,
         warm_up: Vec::new(),
+        settle: std::time::Duration::ZERO,
     };
     let built = node
         .build_template(build, Progress::silent())

@@ -107,6 +107,7 @@ impl NodeFleet {
             cpus: order.cpu_count,
             memory_mib: order.memory_mib,
             warm_up: WarmUp::usual(&self.images.user),
+            settle: TemplateBuild::SETTLE,
         })
     }
 }

@@ -23,6 +23,7 @@ pub(super) fn configure(interface: &str) {
             ));
             return Ok(());
         }
+        without_ipv6(interface);
         network.set_mtu(interface, GUEST_MTU)?;
         network.set_address(interface, GUEST_ADDRESS, GUEST_PREFIX_LEN)?;
         network.up(interface)?;
@@ -30,6 +31,18 @@ pub(super) fn configure(interface: &str) {
     });
     if let Err(error) = result {
         say(&error.to_string());
+    }
+}
+
+/// Nothing of IPv6 leads out of a slot, and what a kernel does to find that out (probing for its
+/// own address, soliciting routers, joining groups) would go on in every sandbox for seconds.
+fn without_ipv6(interface: &str) {
+    let setting = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+    match std::fs::write(&setting, "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            say(&format!("cannot write {setting}: {error}"));
+        }
+        _ => {}
     }
 }
 
