@@ -4,7 +4,9 @@
 //! | call | request | answer |
 //! |---|---|---|
 //! | `POST /init` | [`InitRequest`] | 200 [`InitResponse`] |
+//! | `POST /sync` | | 204 once every file system is written back |
 //! | `GET /logs` | | 200, one [`LogEntry`] per line, oldest first |
+//! | `POST /shares/{tag}` | replies to the guest's requests | 200, requests; see [`share`](crate::share) |
 
 use std::{collections::BTreeMap, fmt, net::Ipv4Addr};
 
@@ -18,6 +20,9 @@ pub const INIT_PATH: &str = "/init";
 
 /// Path of the call that fetches the guest's lifecycle log.
 pub const LOGS_PATH: &str = "/logs";
+
+/// Path of the call that has the guest write back what its file systems hold.
+pub const SYNC_PATH: &str = "/sync";
 
 /// Everything that a guest cannot know about itself after a restore. An absent field leaves what
 /// the guest has; E2B's field names where E2B has the field.
@@ -64,6 +69,24 @@ pub struct InitRequest {
     /// which is in the memory image that this VM was restored from, and so proves which one it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nonce: Option<String>,
+    /// The directories of the host that are to be mounted: all of them, so what else is mounted is
+    /// unmounted. Absent: as before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mounts: Option<Vec<Mount>>,
+}
+
+/// A directory of the host, mounted in the sandbox; see [`share`](crate::share).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Mount {
+    /// Names the directory on the channel: `[A-Za-z0-9_-]`, at most 64. The same directory must
+    /// keep its tag through all lives of a sandbox, and no other may ever get it.
+    pub tag: String,
+    /// Where it is mounted: absolute, without `.` and `..`.
+    pub path: String,
+    /// Whether the sandbox may not change it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
 }
 
 /// Answer to [`InitRequest`].

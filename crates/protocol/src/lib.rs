@@ -4,6 +4,7 @@
 //!   beginning is told apart from whatever was in flight before, and the window sizes of the HTTP/2
 //!   that runs on top.
 //! - [`guest_api`] owns the JSON of the calls that only the host may make.
+//! - [`share`] owns the messages by which a sandbox uses a directory of the host.
 //! - [`signature`] owns how a URL of a file is signed.
 //! - The constants below are the addresses under which both sides find each other.
 //!
@@ -17,6 +18,7 @@ use std::net::Ipv4Addr;
 
 pub mod channel;
 pub mod guest_api;
+pub mod share;
 pub mod signature;
 
 /// The envd version that sandboxes report. E2B's clients gate features by it; this one stands for
