@@ -122,10 +122,25 @@ impl From<Control> for ApiError {
         let status = match &error {
             Control::SandboxNotFound { .. }
             | Control::TemplateNotFound { .. }
+            | Control::SnapshotNotFound { .. }
             | Control::BuildNotFound { .. } => StatusCode::NOT_FOUND,
             Control::Invalid { .. } | Control::TemplateNotReady { .. } => StatusCode::BAD_REQUEST,
             Control::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
-            Control::BuildInProgress { .. } | Control::Conflict { .. } => StatusCode::CONFLICT,
+            Control::BuildInProgress { .. }
+            | Control::Conflict { .. }
+            | Control::Busy { .. }
+            | Control::SnapshotUnusable { .. }
+            | Control::SnapshotInUse { .. }
+            | Control::NotInHistory { .. }
+            | Control::NameTaken { .. }
+            | Control::Fleet(FleetError::Busy { .. } | FleetError::Damaged { .. }) => {
+                StatusCode::CONFLICT
+            }
+            Control::Quota { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Control::Fleet(FleetError::Unresponsive { .. }) => {
+                return Self::new(StatusCode::CONFLICT, error.to_string())
+                    .code("sandbox_snapshot_guest_agent_unresponsive");
+            }
             Control::IdempotencyMismatch { .. } => {
                 return Self::new(StatusCode::CONFLICT, error.to_string())
                     .code("idempotency_request_mismatch");

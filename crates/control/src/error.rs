@@ -69,6 +69,63 @@ pub enum Error {
         /// What cannot be done.
         why: &'static str,
     },
+    /// Another operation on this sandbox is under way.
+    #[error("Sandbox {id} has a {doing} operation in progress; try again when it has ended")]
+    Busy {
+        /// The sandbox.
+        id: SandboxId,
+        /// What is being done, as one word.
+        doing: &'static str,
+    },
+    /// No snapshot has this id or name.
+    #[error(
+        "Snapshot '{reference}' was not found: no snapshot id, name or name:tag reads like that"
+    )]
+    SnapshotNotFound {
+        /// The reference as it was given.
+        reference: String,
+    },
+    /// The snapshot exists, but nothing can be restored from it.
+    #[error("Snapshot '{reference}' cannot be used: {why}")]
+    SnapshotUnusable {
+        /// The snapshot as it was asked for.
+        reference: String,
+        /// Why not.
+        why: String,
+    },
+    /// A paused sandbox consists of this snapshot.
+    #[error("Snapshot {id} holds the paused sandbox {sandbox}; resume or kill that first")]
+    SnapshotInUse {
+        /// The snapshot.
+        id: SnapshotId,
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
+    /// A sandbox can go back to its own past only.
+    #[error(
+        "Sandbox {sandbox} cannot be rolled back to {snapshot}, which is neither a snapshot of it \
+         nor one that it descends from; create a sandbox from that snapshot instead"
+    )]
+    NotInHistory {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// The name means something else already.
+    #[error("the name '{name}' belongs to a {what}; choose another")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// What has it.
+        what: &'static str,
+    },
+    /// There are as many snapshots as this server may keep.
+    #[error("the snapshot quota is used up: {why}; delete snapshots that are not needed any more")]
+    Quota {
+        /// What there is and what is allowed.
+        why: String,
+    },
     /// The idempotency key was used for another request.
     #[error("Idempotency key '{key}' was used for a different request body")]
     IdempotencyMismatch {

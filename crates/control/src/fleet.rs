@@ -5,6 +5,7 @@
 
 #[cfg(any(test, feature = "testing"))]
 pub mod memory;
+mod snapshot;
 
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
@@ -15,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::{broadcast, mpsc};
 use uuid::Uuid;
+
+pub use self::snapshot::{FreezeKind, FreezeOrder, SnapshotFact, SnapshotKind, SnapshotTaken};
 
 /// The machines that run VMs.
 #[async_trait]
@@ -43,6 +46,38 @@ pub trait Fleet: Send + Sync + 'static {
     ) -> Result<Built, FleetError>;
     /// Deletes a snapshot. Sandboxes made from it run on. False: there was none.
     async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError>;
+    /// Freezes a running sandbox and publishes it as `order.snapshot`; the sandbox runs on.
+    async fn snapshot(&self, _order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
+        Err(FleetError::unsupported("a snapshot of a sandbox"))
+    }
+    /// The same, and its VM is gone afterwards. If it fails the sandbox runs on.
+    async fn pause(&self, _order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
+        Err(FleetError::unsupported("pausing a sandbox"))
+    }
+    /// Restores a paused sandbox's snapshot under its own id, in a life after `last_generation`.
+    /// If it fails there is no VM and the snapshot is untouched.
+    async fn resume(
+        &self,
+        _order: CreateOrder,
+        _last_generation: u64,
+    ) -> Result<Created, FleetError> {
+        Err(FleetError::unsupported("resuming a sandbox"))
+    }
+    /// Restores `order.snapshot` beside the running VM of `order.id`, switches over once it
+    /// answered, and drops the old one. On any error the old VM runs on.
+    async fn rollback(&self, _order: CreateOrder) -> Result<Created, FleetError> {
+        Err(FleetError::unsupported("rolling a sandbox back"))
+    }
+    /// Every snapshot that the store has.
+    async fn snapshots(&self) -> Result<Vec<SnapshotFact>, FleetError> {
+        Err(FleetError::unsupported(
+            "listing the snapshots of the store",
+        ))
+    }
+    /// Reads a snapshot and compares it with its checksums. [`FleetError::Damaged`] if they differ.
+    async fn verify_snapshot(&self, _id: &SnapshotId) -> Result<(), FleetError> {
+        Err(FleetError::unsupported("verifying a snapshot"))
+    }
     /// What happens without being asked for, from now on.
     fn events(&self) -> broadcast::Receiver<FleetEvent>;
     /// The machines and how full they are.
@@ -73,6 +108,26 @@ pub enum FleetError {
         /// What ran out.
         why: String,
     },
+    /// The machine is doing something else with this sandbox.
+    #[error("sandbox {id} is busy with another operation")]
+    Busy {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// The guest does not answer, and the caller wants nothing to happen then.
+    #[error("the guest of sandbox {id} does not answer")]
+    Unresponsive {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// The snapshot's files are not what was published.
+    #[error("snapshot {id} is damaged: {reason}")]
+    Damaged {
+        /// The snapshot.
+        id: SnapshotId,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The machines cannot do this at all.
     #[error("{what} is not supported by this server")]
     Unsupported {
@@ -89,7 +144,15 @@ pub enum FleetError {
     },
 }
 
-/// A new sandbox.
+impl FleetError {
+    fn unsupported(what: &str) -> Self {
+        Self::Unsupported {
+            what: what.to_owned(),
+        }
+    }
+}
+
+/// A sandbox to restore: a new one, or one that exists already in another life.
 #[derive(Debug, Clone)]
 pub struct CreateOrder {
     /// Its id, chosen by the caller.

@@ -20,6 +20,7 @@ pub mod keys;
 pub mod lifecycle;
 pub mod sandbox;
 mod secret;
+pub mod snapshot;
 pub mod template;
 
 use std::path::PathBuf;
@@ -32,6 +33,7 @@ use self::{
     fleet::SharedFleet,
     keys::Keys,
     sandbox::{Reconciled, SandboxConfig, Sandboxes},
+    snapshot::{SnapshotConfig, Snapshots},
     template::Templates,
 };
 
@@ -42,6 +44,8 @@ pub struct ControlConfig {
     pub database: PathBuf,
     /// How sandboxes are watched over.
     pub sandboxes: SandboxConfig,
+    /// How many snapshots are kept, and for how long.
+    pub snapshots: SnapshotConfig,
 }
 
 impl ControlConfig {
@@ -51,6 +55,7 @@ impl ControlConfig {
         Self {
             database: database.into(),
             sandboxes: SandboxConfig::default(),
+            snapshots: SnapshotConfig::default(),
         }
     }
 }
@@ -64,6 +69,8 @@ pub struct Control {
     pub templates: Templates,
     /// The sandboxes.
     pub sandboxes: Sandboxes,
+    /// The past of sandboxes.
+    pub snapshots: Snapshots,
     /// The machines below.
     pub fleet: SharedFleet,
     db: Db,
@@ -87,12 +94,30 @@ impl Control {
             Self {
                 keys,
                 templates,
+                snapshots: Snapshots::new(sandboxes.clone()),
                 sandboxes,
                 fleet,
                 db,
             },
             reconciled,
         ))
+    }
+
+    /// Deletes the template or the snapshot that a reference stands for. What was made from it
+    /// runs on.
+    ///
+    /// # Errors
+    /// [`Error::TemplateNotFound`] if it stands for neither.
+    pub async fn delete(&self, reference: &str) -> Result<()> {
+        match self.templates.delete(reference).await {
+            Err(not_a_template @ Error::TemplateNotFound { .. }) => {
+                match self.snapshots.delete(reference).await {
+                    Err(Error::SnapshotNotFound { .. }) => Err(not_a_template),
+                    done => done,
+                }
+            }
+            done => done,
+        }
     }
 
     /// Stops watching, waits for operations under way, and closes the database. Sandboxes run on.

@@ -7,11 +7,15 @@
 mod create;
 mod deadline;
 mod end;
+mod fork;
 mod log;
 mod model;
+mod pause;
 mod query;
 mod reconcile;
 mod registry;
+mod resume;
+mod rollback;
 mod sampler;
 mod store;
 
@@ -23,10 +27,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     create::{CreateSandbox, Creation, Idempotency},
+    fork::{ForkSandbox, Forked, MAX_FORKS},
     log::{LogQuery, MAX_LOG_PAGE},
-    model::{EndReason, Lifetime, LogEntry, MAX_LIFETIME, Sample, Sandbox},
+    model::{
+        EndReason, LifecycleOptions, Lifetime, LogEntry, MAX_LIFETIME, Pause, PauseMode, Sample,
+        Sandbox,
+    },
+    pause::{PauseSandbox, Paused},
     query::{BadCursor, Cursor, ListQuery, MAX_PAGE, Order, Page},
     reconcile::Reconciled,
+    resume::{Connected, ResumeSandbox},
+    rollback::RolledBack,
 };
 use self::{
     deadline::Deadlines,
@@ -178,7 +189,7 @@ impl Sandboxes {
 
     /// What a client needs in order to use a sandbox that runs already; gives it at least
     /// `lifetime` from now.
-    pub async fn connect(&self, id: &SandboxId, lifetime: Lifetime) -> Result<Arc<Sandbox>> {
+    pub async fn connect(&self, id: &SandboxId, lifetime: Lifetime) -> Result<Connected> {
         let entry = self.inner.visible(id)?;
         let state = entry.sandbox().state;
         if state != State::Running {
@@ -192,6 +203,11 @@ impl Sandboxes {
         self.inner
             .move_end(&entry, |sandbox| later(sandbox.end_at, lifetime.end(now())))
             .await
+            .map(|sandbox| Connected {
+                sandbox,
+                resumed: false,
+                phases: Vec::new(),
+            })
     }
 
     /// What a sandbox used, sampled every few seconds, oldest first, both ends included. Half an
@@ -326,5 +342,11 @@ fn test_sandbox() -> Sandbox {
         generation: 1,
         started_at: now(),
         end_at: Some(now() + time::Duration::HOUR),
+        lifetime: Lifetime::For(Duration::from_secs(3600)),
+        lifecycle: LifecycleOptions::default(),
+        env_vars: vec![("A".into(), "1".into())],
+        base: SnapshotId::generate(),
+        pause: None,
+        rollback_to: None,
     }
 }

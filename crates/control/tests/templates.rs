@@ -118,13 +118,16 @@ async fn a_new_build_supersedes_the_old_one_whose_sandboxes_run_on() {
         .sandbox;
     assert_eq!(new.template, old.template);
     assert_ne!(new.snapshot, old.snapshot);
-    assert_eq!(plane.fleet.snapshots(), std::slice::from_ref(&new.snapshot));
+    assert_eq!(
+        plane.fleet.snapshot_ids(),
+        std::slice::from_ref(&new.snapshot)
+    );
     assert!(plane.control.sandboxes.get(&old.id).is_ok());
     let template = templates.get("base").await.expect("get");
     assert_eq!(template.builds.len(), 2);
     templates.delete("base").await.expect("delete");
     assert!(plane.control.sandboxes.get(&new.id).is_ok());
-    assert!(plane.fleet.snapshots().is_empty());
+    assert!(plane.fleet.snapshot_ids().is_empty());
     for gone in ["base", template.id.as_str(), new.snapshot.as_str()] {
         assert!(matches!(
             templates.get(gone).await,
@@ -159,7 +162,7 @@ async fn tags_keep_builds_and_fall_one_by_one() {
         Err(Error::TemplateNotFound { .. })
     ));
     templates.delete("web:v1").await.expect("drop a tag");
-    assert!(!plane.fleet.snapshots().contains(&v1.snapshot));
+    assert!(!plane.fleet.snapshot_ids().contains(&v1.snapshot));
     assert_eq!(templates.resolve("web").await.expect("untouched"), current);
     templates
         .delete("web:default")

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _, time::Instant};
 use axum::{Json, extract::State, response::IntoResponse as _, response::Response};
 use cubicle_control::{
     fleet::Phase,
-    sandbox::{CreateSandbox, Idempotency, Lifetime},
+    sandbox::{CreateSandbox, Idempotency, LifecycleOptions, Lifetime},
 };
 use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Deserialize;
@@ -126,6 +126,7 @@ impl CreateBody {
             metadata,
             env_vars: env_vars.into_iter().collect(),
             network,
+            lifecycle: LifecycleOptions::default(),
             idempotency: None,
         })
     }

@@ -109,8 +109,8 @@ pub(crate) async fn connect_v1(
 ) -> ApiResult<Json<SandboxBody>> {
     let seconds = body.timeout.unwrap_or(CONNECT_TIMEOUT);
     let lifetime = Lifetime::from_seconds("timeout", seconds)?;
-    let sandbox = state.control.sandboxes.connect(&id, lifetime).await?;
-    Ok(Json(SandboxBody::new(&state, &sandbox)))
+    let connected = state.control.sandboxes.connect(&id, lifetime).await?;
+    Ok(Json(SandboxBody::new(&state, &connected.sandbox)))
 }
 
 /// Connect to a sandbox

@@ -1,10 +1,11 @@
 //! A fleet without machines, for tests of what is above it: it obeys, counts, and fails on demand.
 //!
 //! It keeps the contract of [`Fleet`] to the letter, so that leaks show: a sandbox that is created
-//! twice, or a snapshot that is missing, is refused; what is not killed is still there at the end.
+//! twice, or a snapshot that is missing, is refused; what is not killed or deleted is still there
+//! at the end. Every operation passes through [`Step`]s, at each of which it can be slow or fail.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -23,18 +24,74 @@ pub struct MemoryFleet {
     kills: AtomicU64,
 }
 
+/// A point that an operation passes. What is said of it has happened when it is passed; a failure
+/// at it leaves just that behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// A create has begun.
+    Create,
+    /// A kill has begun.
+    Kill,
+    /// A snapshot or a pause has begun.
+    Freeze,
+    /// The snapshot is published; its sandbox runs.
+    Published,
+    /// The VM of a paused sandbox is gone.
+    Dropped,
+    /// A resume has begun.
+    Resume,
+    /// The VM of a resumed sandbox is there.
+    Resumed,
+    /// A rollback has begun.
+    Rollback,
+    /// The VM of a rolled back sandbox is another.
+    Switched,
+    /// The deletion of a snapshot has begun.
+    Delete,
+}
+
+impl Step {
+    /// Every step.
+    pub const ALL: [Self; 10] = [
+        Self::Create,
+        Self::Kill,
+        Self::Freeze,
+        Self::Published,
+        Self::Dropped,
+        Self::Resume,
+        Self::Resumed,
+        Self::Rollback,
+        Self::Switched,
+        Self::Delete,
+    ];
+}
+
 #[derive(Debug, Default)]
 struct MemoryState {
-    sandboxes: HashMap<SandboxId, u64>,
+    sandboxes: HashMap<SandboxId, Vm>,
     orders: HashMap<SandboxId, CreateOrder>,
-    snapshots: HashSet<SnapshotId>,
-    create_takes: Duration,
-    kill_takes: Duration,
-    fail_creates: Vec<FleetError>,
+    snapshots: HashMap<SnapshotId, SnapshotFact>,
+    deaf: Vec<SandboxId>,
+    takes: HashMap<Step, Duration>,
+    failures: HashMap<Step, Vec<FleetError>>,
+    reached: HashMap<Step, u64>,
     fail_kills: u32,
     fail_builds: Option<String>,
     room_for: Option<usize>,
 }
+
+/// One VM.
+#[derive(Debug, Clone)]
+struct Vm {
+    generation: u64,
+    /// What it was restored from.
+    base: Option<SnapshotId>,
+    /// Something is being done with it.
+    busy: bool,
+}
+
+/// Memory that a VM has dirtied by the time it is frozen, in bytes.
+const DIRTY: u64 = 7 << 20;
 
 impl Default for MemoryFleet {
     fn default() -> Self {
@@ -48,19 +105,43 @@ impl Default for MemoryFleet {
 }
 
 impl MemoryFleet {
+    /// How long this step takes from now on.
+    pub fn takes(&self, step: Step, time: Duration) {
+        self.lock().takes.insert(step, time);
+    }
+
+    /// The next operation that comes to this step fails there. Several calls queue up, the last
+    /// one first.
+    pub fn fail_at(&self, step: Step, error: FleetError) {
+        self.lock().failures.entry(step).or_default().push(error);
+    }
+
+    /// Takes back what was said to [`Self::fail_at`] and [`Self::takes`].
+    pub fn behave(&self) {
+        let mut state = self.lock();
+        state.failures.clear();
+        state.takes.clear();
+        state.fail_kills = 0;
+    }
+
+    /// How many operations have come to this step.
+    pub fn reached(&self, step: Step) -> u64 {
+        self.lock().reached.get(&step).copied().unwrap_or_default()
+    }
+
     /// How long each create takes from now on.
     pub fn create_takes(&self, time: Duration) {
-        self.lock().create_takes = time;
+        self.takes(Step::Create, time);
     }
 
     /// How long each kill takes from now on.
     pub fn kill_takes(&self, time: Duration) {
-        self.lock().kill_takes = time;
+        self.takes(Step::Kill, time);
     }
 
     /// The next create fails like this. Several calls queue up, the last one first.
     pub fn fail_next_create(&self, error: FleetError) {
-        self.lock().fail_creates.push(error);
+        self.fail_at(Step::Create, error);
     }
 
     /// The next `times` kills fail.
@@ -78,12 +159,25 @@ impl MemoryFleet {
         self.lock().room_for = Some(sandboxes);
     }
 
+    /// From now on the guest of this sandbox answers nobody.
+    pub fn deafen(&self, id: &SandboxId) {
+        self.lock().deaf.push(id.clone());
+    }
+
+    /// Damages a snapshot's files.
+    pub fn damage(&self, id: &SnapshotId) {
+        if let Some(fact) = self.lock().snapshots.get_mut(id) {
+            fact.failure = Some("a checksum does not match".to_owned());
+        }
+    }
+
     /// Ends a VM as if it had crashed.
     pub fn crash(&self, id: &SandboxId) {
-        if let Some(generation) = self.lock().sandboxes.remove(id) {
+        let ended = self.lock().sandboxes.remove(id);
+        if let Some(vm) = ended {
             let _ = self.events.send(FleetEvent::Exited {
                 id: id.clone(),
-                generation,
+                generation: vm.generation,
             });
         }
     }
@@ -96,8 +190,33 @@ impl MemoryFleet {
     /// A VM that nobody asked for.
     pub fn stray(&self) -> SandboxId {
         let id = SandboxId::generate();
-        self.lock().sandboxes.insert(id.clone(), 1);
+        let vm = Vm {
+            generation: 1,
+            base: None,
+            busy: false,
+        };
+        self.lock().sandboxes.insert(id.clone(), vm);
         id
+    }
+
+    /// Whatever a server that was killed had under way ends with it.
+    pub fn forget_operations(&self) {
+        for vm in self.lock().sandboxes.values_mut() {
+            vm.busy = false;
+        }
+    }
+
+    /// A snapshot that nobody asked for.
+    pub fn stray_snapshot(&self, kind: SnapshotKind) -> SnapshotId {
+        let id = SnapshotId::generate();
+        let fact = fact(id.clone(), kind, None, Vec::new(), true);
+        self.lock().snapshots.insert(id.clone(), fact);
+        id
+    }
+
+    /// Loses a snapshot and tells nobody.
+    pub fn lose_snapshot(&self, id: &SnapshotId) {
+        self.lock().snapshots.remove(id);
     }
 
     /// The VMs that exist.
@@ -105,12 +224,19 @@ impl MemoryFleet {
         self.lock().sandboxes.keys().cloned().collect()
     }
 
-    /// The snapshots that exist.
-    pub fn snapshots(&self) -> Vec<SnapshotId> {
-        self.lock().snapshots.iter().cloned().collect()
+    /// The ids of the snapshots that exist.
+    pub fn snapshot_ids(&self) -> Vec<SnapshotId> {
+        self.lock().snapshots.keys().cloned().collect()
     }
 
-    /// What a sandbox was created with.
+    /// The snapshots of this kind that exist.
+    pub fn snapshots_of(&self, kind: SnapshotKind) -> Vec<SnapshotId> {
+        let state = self.lock();
+        let of_kind = state.snapshots.values().filter(|fact| fact.kind == kind);
+        of_kind.map(|fact| fact.id.clone()).collect()
+    }
+
+    /// What a sandbox was created, resumed or rolled back with last.
     pub fn order(&self, id: &SandboxId) -> Option<CreateOrder> {
         self.lock().orders.get(id).cloned()
     }
@@ -126,51 +252,190 @@ impl MemoryFleet {
     fn lock(&self) -> MutexGuard<'_, MemoryState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    async fn reach(&self, step: Step) -> Result<(), FleetError> {
+        let takes = {
+            let mut state = self.lock();
+            *state.reached.entry(step).or_default() += 1;
+            state.takes.get(&step).copied().unwrap_or_default()
+        };
+        if !takes.is_zero() {
+            tokio::time::sleep(takes).await;
+        }
+        let failure = self.lock().failures.get_mut(&step).and_then(Vec::pop);
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Marks a VM as busy until the guard is dropped.
+    fn begin(&self, id: &SandboxId) -> Result<Doing<'_>, FleetError> {
+        let mut state = self.lock();
+        let no_sandbox = || FleetError::NoSandbox { id: id.clone() };
+        let vm = state.sandboxes.get_mut(id).ok_or_else(no_sandbox)?;
+        if vm.busy {
+            return Err(FleetError::Busy { id: id.clone() });
+        }
+        vm.busy = true;
+        Ok(Doing {
+            fleet: self,
+            id: id.clone(),
+        })
+    }
+
+    async fn freeze(&self, order: &FreezeOrder) -> Result<SnapshotTaken, FleetError> {
+        self.reach(Step::Freeze).await?;
+        let parent = {
+            let mut state = self.lock();
+            if order.require_healthy && state.deaf.contains(&order.id) {
+                return Err(FleetError::Unresponsive {
+                    id: order.id.clone(),
+                });
+            }
+            let no_sandbox = || FleetError::NoSandbox {
+                id: order.id.clone(),
+            };
+            let vm = state.sandboxes.get(&order.id).ok_or_else(no_sandbox)?;
+            let parent = vm.base.clone();
+            let mut lineage: Vec<_> = parent.iter().cloned().collect();
+            if let Some(known) = parent.as_ref().and_then(|id| state.snapshots.get(id)) {
+                lineage.extend(known.lineage.iter().cloned());
+            }
+            let fact = fact(
+                order.snapshot.clone(),
+                SnapshotKind::Frozen(order.kind),
+                parent.clone(),
+                lineage,
+                order.memory,
+            );
+            if state
+                .snapshots
+                .insert(order.snapshot.clone(), fact)
+                .is_some()
+            {
+                return Err(FleetError::Failed {
+                    doing: format!("publish {}", order.snapshot),
+                    why: "it exists already".into(),
+                });
+            }
+            parent
+        };
+        self.reach(Step::Published).await?;
+        Ok(SnapshotTaken {
+            snapshot: order.snapshot.clone(),
+            tier: if order.memory {
+                "anonymous_pages"
+            } else {
+                "none"
+            },
+            bytes_scanned: 512 << 20,
+            bytes_dirty: DIRTY,
+            bytes_written: DIRTY,
+            frozen: Duration::from_millis(5),
+            phases: ["freeze", "publish", "total"]
+                .map(|name| Phase {
+                    name,
+                    took: Duration::from_millis(5),
+                })
+                .into(),
+            parent,
+        })
+    }
+
+    /// Puts a VM in its place, unless the snapshot cannot be restored.
+    fn restore(&self, order: CreateOrder, generation: u64) -> Result<Created, FleetError> {
+        let mut state = self.lock();
+        match state.snapshots.get(&order.snapshot) {
+            None => return Err(FleetError::NoSnapshot { id: order.snapshot }),
+            Some(SnapshotFact {
+                failure: Some(reason),
+                ..
+            }) => {
+                return Err(FleetError::Damaged {
+                    reason: reason.clone(),
+                    id: order.snapshot,
+                });
+            }
+            Some(_) => {}
+        }
+        let is_new = !state.sandboxes.contains_key(&order.id);
+        let full = state
+            .room_for
+            .is_some_and(|room| state.sandboxes.len() >= room);
+        if is_new && full {
+            return Err(FleetError::Capacity {
+                why: "every place is taken".into(),
+            });
+        }
+        let vm = Vm {
+            generation,
+            base: Some(order.snapshot.clone()),
+            busy: !is_new,
+        };
+        state.sandboxes.insert(order.id.clone(), vm);
+        let took = state.takes.get(&Step::Create).copied().unwrap_or_default();
+        state.orders.insert(order.id.clone(), order);
+        let phases = ["restore", "total"].map(|name| Phase { name, took });
+        Ok(Created {
+            generation,
+            phases: phases.into(),
+        })
+    }
+}
+
+/// A VM that is busy.
+struct Doing<'a> {
+    fleet: &'a MemoryFleet,
+    id: SandboxId,
+}
+
+impl Drop for Doing<'_> {
+    fn drop(&mut self) {
+        if let Some(vm) = self.fleet.lock().sandboxes.get_mut(&self.id) {
+            vm.busy = false;
+        }
+    }
+}
+
+fn fact(
+    id: SnapshotId,
+    kind: SnapshotKind,
+    parent: Option<SnapshotId>,
+    lineage: Vec<SnapshotId>,
+    memory: bool,
+) -> SnapshotFact {
+    SnapshotFact {
+        id,
+        kind,
+        parent,
+        lineage,
+        created_at: OffsetDateTime::now_utc(),
+        logical_bytes: 1536 << 20,
+        own_bytes: DIRTY,
+        durable: true,
+        failure: None,
+        memory,
+        memory_mib: 512,
+        cpus: 2,
+        disk_mib: 1024,
+    }
 }
 
 #[async_trait]
 impl Fleet for MemoryFleet {
     async fn create(&self, order: CreateOrder) -> Result<Created, FleetError> {
         self.creates.fetch_add(1, Ordering::Relaxed);
-        let takes = self.lock().create_takes;
-        if !takes.is_zero() {
-            tokio::time::sleep(takes).await;
-        }
-        let mut state = self.lock();
-        if let Some(error) = state.fail_creates.pop() {
-            return Err(error);
-        }
-        if !state.snapshots.contains(&order.snapshot) {
-            return Err(FleetError::NoSnapshot { id: order.snapshot });
-        }
-        if state
-            .room_for
-            .is_some_and(|room| state.sandboxes.len() >= room)
-        {
-            return Err(FleetError::Capacity {
-                why: "every place is taken".into(),
-            });
-        }
-        if state.sandboxes.insert(order.id.clone(), 1).is_some() {
+        self.reach(Step::Create).await?;
+        if self.lock().sandboxes.contains_key(&order.id) {
             return Err(FleetError::Failed {
                 doing: format!("create {}", order.id),
                 why: "it exists already".into(),
             });
         }
-        state.orders.insert(order.id.clone(), order);
-        let phases = ["restore", "total"].map(|name| Phase { name, took: takes });
-        Ok(Created {
-            generation: 1,
-            phases: phases.into(),
-        })
+        self.restore(order, 1)
     }
 
     async fn kill(&self, id: &SandboxId) -> Result<bool, FleetError> {
         self.kills.fetch_add(1, Ordering::Relaxed);
-        let takes = self.lock().kill_takes;
-        if !takes.is_zero() {
-            tokio::time::sleep(takes).await;
-        }
+        self.reach(Step::Kill).await?;
         let mut state = self.lock();
         if state.fail_kills > 0 {
             state.fail_kills -= 1;
@@ -184,17 +449,76 @@ impl Fleet for MemoryFleet {
         Ok(state.sandboxes.remove(id).is_some())
     }
 
+    async fn snapshot(&self, order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
+        let _doing = self.begin(&order.id)?;
+        self.freeze(&order).await
+    }
+
+    async fn pause(&self, order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
+        let _doing = self.begin(&order.id)?;
+        let taken = self.freeze(&order).await?;
+        if self.lock().sandboxes.remove(&order.id).is_none() {
+            return Err(FleetError::NoSandbox { id: order.id });
+        }
+        self.reach(Step::Dropped).await?;
+        Ok(taken)
+    }
+
+    async fn resume(
+        &self,
+        order: CreateOrder,
+        last_generation: u64,
+    ) -> Result<Created, FleetError> {
+        self.reach(Step::Resume).await?;
+        if self.lock().sandboxes.contains_key(&order.id) {
+            return Err(FleetError::Failed {
+                doing: format!("resume {}", order.id),
+                why: "it runs already".into(),
+            });
+        }
+        let created = self.restore(order, last_generation + 1)?;
+        self.reach(Step::Resumed).await?;
+        Ok(created)
+    }
+
+    async fn rollback(&self, order: CreateOrder) -> Result<Created, FleetError> {
+        let _doing = self.begin(&order.id)?;
+        self.reach(Step::Rollback).await?;
+        let Some(generation) = self.generation(&order.id) else {
+            return Err(FleetError::NoSandbox { id: order.id });
+        };
+        let created = self.restore(order, generation + 1)?;
+        self.reach(Step::Switched).await?;
+        Ok(created)
+    }
+
+    async fn snapshots(&self) -> Result<Vec<SnapshotFact>, FleetError> {
+        Ok(self.lock().snapshots.values().cloned().collect())
+    }
+
+    async fn verify_snapshot(&self, id: &SnapshotId) -> Result<(), FleetError> {
+        let state = self.lock();
+        let no_snapshot = || FleetError::NoSnapshot { id: id.clone() };
+        match &state.snapshots.get(id).ok_or_else(no_snapshot)?.failure {
+            Some(reason) => Err(FleetError::Damaged {
+                id: id.clone(),
+                reason: reason.clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+
     async fn sandboxes(&self) -> Result<Vec<Fact>, FleetError> {
         let state = self.lock();
-        let fact = |(id, generation): (&SandboxId, &u64)| Fact {
+        let fact = |(id, vm): (&SandboxId, &Vm)| Fact {
             id: id.clone(),
-            generation: *generation,
+            generation: vm.generation,
         };
         Ok(state.sandboxes.iter().map(fact).collect())
     }
 
     fn generation(&self, id: &SandboxId) -> Option<u64> {
-        self.lock().sandboxes.get(id).copied()
+        Some(self.lock().sandboxes.get(id)?.generation)
     }
 
     async fn usage(&self, id: &SandboxId) -> Result<Usage, FleetError> {
@@ -246,13 +570,13 @@ impl Fleet for MemoryFleet {
             });
         }
         let _ = progress.send(step("snapshot", "published".to_owned()));
-        let snapshot = SnapshotId::generate();
-        self.lock().snapshots.insert(snapshot.clone());
+        let snapshot = self.stray_snapshot(SnapshotKind::Template);
         Ok(Built { snapshot })
     }
 
     async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError> {
-        Ok(self.lock().snapshots.remove(id))
+        self.reach(Step::Delete).await?;
+        Ok(self.lock().snapshots.remove(id).is_some())
     }
 
     fn events(&self) -> broadcast::Receiver<FleetEvent> {

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use cubicle_ids::SandboxId;
 use tokio::sync::oneshot;
 
-use super::{EndReason, Entry, Inner, Lifetime, Sandbox, Sandboxes, sampler, store::FirstUse};
+use super::{
+    EndReason, Entry, Inner, LifecycleOptions, Lifetime, Sandbox, Sandboxes, sampler,
+    store::FirstUse,
+};
 use crate::{
     db::now,
     error::{Error, Result},
@@ -27,10 +30,12 @@ pub struct CreateSandbox {
     pub lifetime: Lifetime,
     /// What to attach to it.
     pub metadata: BTreeMap<String, String>,
-    /// Environment of every process that is started in it. Not stored.
+    /// Environment of every process that is started in it.
     pub env_vars: Vec<(String, String)>,
     /// What it may reach and who may reach it.
     pub network: NetworkOptions,
+    /// What happens when its time is up, and what traffic does while it is paused.
+    pub lifecycle: LifecycleOptions,
     /// Makes a repetition of this request return the same sandbox.
     pub idempotency: Option<Idempotency>,
 }
@@ -250,6 +255,12 @@ fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
         generation: 0,
         started_at: now(),
         end_at: None,
+        lifetime: request.lifetime,
+        lifecycle: request.lifecycle,
+        env_vars: request.env_vars.clone(),
+        base: resolved.snapshot.clone(),
+        pause: None,
+        rollback_to: None,
     }
 }
 

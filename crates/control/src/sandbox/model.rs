@@ -50,8 +50,108 @@ pub struct Sandbox {
     pub generation: u64,
     /// When it began to answer.
     pub started_at: OffsetDateTime,
-    /// When its time is up; `None`: never.
+    /// When its time is up; `None`: never. A paused sandbox has no end unless it was given one
+    /// since.
     pub end_at: Option<OffsetDateTime>,
+    /// The life it was asked to have; traffic that wakes it gives it that again.
+    pub lifetime: Lifetime,
+    /// What happens when its time is up, and what traffic does while it is paused.
+    pub lifecycle: LifecycleOptions,
+    /// Environment of every process that is started in it. Kept for restores whose memory does not
+    /// have it, and forgotten with the sandbox.
+    pub env_vars: Vec<(String, String)>,
+    /// The newest snapshot that its present state descends from: what it was made from, or what it
+    /// has taken or gone back to since.
+    pub base: SnapshotId,
+    /// What it consists of while it is paused, being paused or being resumed.
+    pub pause: Option<Pause>,
+    /// What it is being rolled back to.
+    pub(crate) rollback_to: Option<SnapshotId>,
+}
+
+/// What happens when a sandbox's time is up, and what traffic does while it is paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LifecycleOptions {
+    /// It is paused when its time is up, not killed.
+    pub auto_pause: bool,
+    /// That pause keeps its memory. Without, it boots when it is resumed.
+    pub auto_pause_memory: bool,
+    /// Traffic to it resumes it if it is paused with its memory.
+    pub auto_resume: bool,
+}
+
+impl Default for LifecycleOptions {
+    fn default() -> Self {
+        Self {
+            auto_pause: false,
+            auto_pause_memory: true,
+            auto_resume: false,
+        }
+    }
+}
+
+impl LifecycleOptions {
+    /// Refuses combinations that make no sense.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a pause without memory that would never happen, or that traffic
+    /// would have to end.
+    pub fn check(&self) -> Result<()> {
+        let why = match (self.auto_pause_memory, self.auto_pause, self.auto_resume) {
+            (false, false, _) => "false makes no sense without autoPause",
+            (false, true, true) => {
+                "false cannot be combined with autoResume: a sandbox whose memory was not kept \
+                 boots when it is resumed, and that has to be asked for"
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::invalid("autoPauseMemory", why))
+    }
+}
+
+/// What a paused sandbox consists of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pause {
+    /// Its snapshot, which nobody else may use or delete.
+    pub snapshot: SnapshotId,
+    /// What that holds.
+    pub mode: PauseMode,
+    /// When it was asked for.
+    pub at: OffsetDateTime,
+}
+
+/// What is kept of a paused sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PauseMode {
+    /// Memory and disks: it goes on where it was.
+    Full,
+    /// Disks only: it boots, and only when a client asks for it.
+    Filesystem,
+}
+
+impl PauseMode {
+    /// The mode of a pause that keeps memory, or does not.
+    #[must_use]
+    pub const fn of(memory: bool) -> Self {
+        if memory { Self::Full } else { Self::Filesystem }
+    }
+
+    /// The word on the wire and in the database.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Filesystem => "filesystem",
+        }
+    }
+
+    /// The inverse of [`Self::as_str`].
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Full, Self::Filesystem]
+            .into_iter()
+            .find(|mode| mode.as_str() == word)
+    }
 }
 
 impl Sandbox {
@@ -121,6 +221,8 @@ pub enum EndReason {
     Exited,
     /// Its VM was not there any more after a restart of the server.
     Lost,
+    /// What it was paused as is gone, or it could not be paused when its time was up.
+    PauseLost,
     /// It could not be created.
     CreateFailed,
     /// Its creator went away before it was ready.
@@ -129,11 +231,12 @@ pub enum EndReason {
 
 impl EndReason {
     /// Every reason.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Killed,
         Self::Timeout,
         Self::Exited,
         Self::Lost,
+        Self::PauseLost,
         Self::CreateFailed,
         Self::Abandoned,
     ];
@@ -146,6 +249,7 @@ impl EndReason {
             Self::Timeout => "timeout",
             Self::Exited => "exited",
             Self::Lost => "lost",
+            Self::PauseLost => "pause_lost",
             Self::CreateFailed => "create_failed",
             Self::Abandoned => "abandoned",
         }

@@ -199,6 +199,12 @@ fn from_row(row: &SqliteRow) -> Result<Sandbox> {
         generation: row.get::<i64, _>("generation").unsigned_abs(),
         started_at: from_micros(row.get("started_at")),
         end_at: row.get::<Option<i64>, _>("end_at").map(from_micros),
+        lifetime: crate::sandbox::Lifetime::Never,
+        lifecycle: crate::sandbox::LifecycleOptions::default(),
+        env_vars: Vec::new(),
+        base: parse(what(), &text("snapshot_id"))?,
+        pause: None,
+        rollback_to: None,
     })
 }
 

@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use cubicle_control::{
     Control, ControlConfig,
     fleet::{NetworkOptions, memory::MemoryFleet},
-    sandbox::{CreateSandbox, Idempotency, Lifetime, Reconciled, SandboxConfig},
+    sandbox::{CreateSandbox, Idempotency, LifecycleOptions, Lifetime, Reconciled, SandboxConfig},
     template::{Build, BuildTemplate, Size},
 };
 use futures::TryStreamExt as _;
@@ -116,6 +116,7 @@ pub fn request(template: &str) -> CreateSandbox {
         metadata: BTreeMap::new(),
         env_vars: Vec::new(),
         network: NetworkOptions::default(),
+        lifecycle: LifecycleOptions::default(),
         idempotency: None,
     }
 }
