@@ -73,6 +73,7 @@ impl Api {
     pub fn host_router(&self) -> Router {
         Router::new()
             .route(guest_api::INIT_PATH, post(system::init))
+            .route(guest_api::SYNC_PATH, post(system::sync))
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MAX_MESSAGE_SIZE))
             .with_state(self.clone())

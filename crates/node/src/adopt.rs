@@ -6,18 +6,20 @@
 
 use std::{collections::HashSet, sync::Arc};
 
+use cubicle_cow::{Manifest, VolumeName};
 use cubicle_ids::SandboxId;
-use cubicle_vmm::{Vm, VmRecord};
+use cubicle_vmm::{Disk, Vm, VmRecord};
 use futures::{StreamExt as _, stream};
 
 use crate::{
     error::{Error, Result},
     facts::AdoptionReport,
     holdings::Holdings,
-    journal::{Row, Step},
+    journal::{Key, Row, Step},
     link::{Identity, Link},
     node::{Inner, blocking},
-    sandbox::{Live, Sandbox, own_adopted, own_remains},
+    sandbox::{Live, Origin, Running, Sandbox, own_adopted},
+    snapshot::Base,
     strays,
 };
 
@@ -26,12 +28,14 @@ const CONCURRENCY: usize = 32;
 
 /// What became of one row.
 enum Fate {
-    /// It goes on, in this VM.
-    Adopted(Arc<Sandbox>, VmRecord),
+    /// It goes on, as this instance in this VM.
+    Adopted(Arc<Sandbox>, Key, VmRecord),
     /// It was running and is gone.
     Lost(SandboxId, String),
     /// It had not been handed out, or was being removed.
     Unfinished(SandboxId),
+    /// It is not to run, and not all of it could be removed yet.
+    Remains(SandboxId, Holdings),
 }
 
 /// Takes over what lives and removes the rest.
@@ -58,15 +62,20 @@ pub(crate) async fn adopt(node: &Arc<Inner>) -> Result<AdoptionReport> {
     let mut kept = Vec::new();
     for fate in fates {
         match fate {
-            Fate::Adopted(sandbox, record) => {
+            Fate::Adopted(sandbox, key, record) => {
                 report.adopted.push(sandbox.id().clone());
-                kept.push(record);
+                kept.push((key, Some(record)));
             }
             Fate::Lost(id, reason) => {
                 tracing::warn!(sandbox = %id, reason, "a sandbox did not survive");
                 report.lost.push((id, reason));
             }
             Fate::Unfinished(id) => report.unfinished.push(id),
+            Fate::Remains(id, held) => {
+                kept.push((held.key.clone(), None));
+                held.release_later(node);
+                report.unfinished.push(id);
+            }
         }
     }
     sweep(node, &kept, &mut report).await?;
@@ -80,35 +89,37 @@ pub(crate) async fn adopt(node: &Arc<Inner>) -> Result<AdoptionReport> {
 
 /// Brings one row and the world into agreement.
 async fn settle(node: &Arc<Inner>, row: Row) -> Fate {
-    let id = row.key.sandbox.clone();
+    let (id, generation) = row
+        .serves
+        .clone()
+        .unwrap_or_else(|| (row.key.sandbox.clone(), row.key.generation));
     let was_running = row.step == Step::Running;
-    let sandbox = Arc::new(Sandbox::new(
-        row.key.clone(),
-        row.snapshot.clone(),
-        row.shape,
-        row.created_at,
-    ));
+    let served = Key {
+        sandbox: id.clone(),
+        generation,
+    };
+    let (sandbox, letters) = Sandbox::new(served, row.snapshot.clone(), row.shape, row.created_at);
     let mut held = Holdings {
         journaled: true,
         volumes: true,
-        ..Holdings::default()
+        ..Holdings::new(row.key.clone())
     };
-    let taken = take_over(node, &row, &mut held).await;
+    let taken = take_over(node, &row, &id, generation, &mut held).await;
     match taken {
-        Ok(Some(live)) => {
+        Ok(Some((live, origin))) => {
             let record = live.vm.record();
             node.registry.adopt(sandbox.clone());
             sandbox.set_running(&live);
+            let running = Running::new(live, origin, held);
             node.tasks
-                .spawn(own_adopted(node.clone(), sandbox.clone(), live, held));
-            Fate::Adopted(sandbox, record)
+                .spawn(own_adopted(node.clone(), sandbox.clone(), letters, running));
+            Fate::Adopted(sandbox, row.key, record)
         }
         not_taken => {
             // Awaited, so that nothing of it is left when the node is open.
-            if let Err(error) = held.release(node, &row.key).await {
+            if let Err(error) = held.release(node).await {
                 tracing::error!(sandbox = %id, %error, "could not remove what is left of a sandbox");
-                node.registry.adopt(sandbox.clone());
-                node.tasks.spawn(own_remains(node.clone(), sandbox, held));
+                return Fate::Remains(id, held);
             }
             match not_taken {
                 Err(error) if was_running => Fate::Lost(id, error.to_string()),
@@ -120,7 +131,13 @@ async fn settle(node: &Arc<Inner>, row: Row) -> Fate {
 }
 
 /// Gets hold of all that a row names. `None`: there is nothing to go on with.
-async fn take_over(node: &Arc<Inner>, row: &Row, held: &mut Holdings) -> Result<Option<Arc<Live>>> {
+async fn take_over(
+    node: &Arc<Inner>,
+    row: &Row,
+    id: &SandboxId,
+    generation: u64,
+    held: &mut Holdings,
+) -> Result<Option<(Arc<Live>, Origin)>> {
     node.failpoints.pass("adopt/vm").await?;
     let vm: Option<Arc<dyn Vm>> = match &row.vm {
         Some(record) => node.hypervisor.adopt(record).await?,
@@ -136,6 +153,8 @@ async fn take_over(node: &Arc<Inner>, row: &Row, held: &mut Holdings) -> Result<
         held.slot = Some(node.slots.adopt(index).await?);
     }
     node.failpoints.pass("adopt/channel").await?;
+    // It may have been frozen when the node went away.
+    vm.resume().await?;
     // The guest still holds the nonce that it was given.
     let identity = Identity {
         restored: row
@@ -146,23 +165,74 @@ async fn take_over(node: &Arc<Inner>, row: &Row, held: &mut Holdings) -> Result<
         init: row.identity.clone(),
     };
     let patience = node.config.deadlines.answer;
-    let (link, ..) = Link::open(vm.clone(), &row.key.sandbox, identity, patience).await?;
-    Ok(Some(Arc::new(Live { vm, link })))
+    let (link, ..) = Link::open(vm.clone(), id, identity, patience).await?;
+    let origin = find_origin(node, row)?;
+    let disks = disks_of(node, row, &origin.manifest);
+    let live = Live {
+        generation,
+        snapshot: row.snapshot.clone(),
+        vm,
+        link,
+        disks,
+        identity: row.identity.clone(),
+    };
+    Ok(Some((Arc::new(live), origin)))
 }
 
-/// Removes what no row named. `kept` are the VMs of the sandboxes that go on.
-async fn sweep(node: &Arc<Inner>, kept: &[VmRecord], report: &mut AdoptionReport) -> Result<()> {
-    // What could not be removed yet is in the registry, too, and has its owner.
-    let owned = node.registry.all();
-    let run_dirs: HashSet<_> = owned
+/// What the next snapshot of an adopted VM descends from.
+fn find_origin(node: &Inner, row: &Row) -> Result<Origin> {
+    let manifest = match &row.origin {
+        Some(manifest) => manifest.clone(),
+        // A row of an older version of this program.
+        None => node.store.snapshot(&row.snapshot)?.manifest().clone(),
+    };
+    // An image that the VM was captured as since, or the one that it was started from: either will
+    // do. With neither, its next snapshot is a whole one.
+    let base = [&manifest.id, &row.snapshot]
+        .into_iter()
+        .find_map(|id| Base::open(&node.store.snapshot(id).ok()?.memory_image()).ok());
+    Ok(Origin {
+        manifest,
+        base: base.unwrap_or(Base::Lost),
+    })
+}
+
+/// The disks that a VM was given at its start.
+fn disks_of(node: &Inner, row: &Row, origin: &Manifest) -> Vec<Disk> {
+    (0..)
+        .zip(&origin.disks)
+        .map(|(n, disk)| {
+            let volume = VolumeName::new(row.key.sandbox.clone(), row.key.generation, n);
+            let shared = disk
+                .read_only
+                .then(|| node.store.snapshot(&row.snapshot).ok());
+            Disk {
+                path: match shared.flatten() {
+                    Some(snapshot) => snapshot.disk(n),
+                    None => node.store.volume(&volume),
+                },
+                read_only: disk.read_only,
+            }
+        })
+        .collect()
+}
+
+/// Removes what no row named. `kept` are the instances that go on, with their VMs, and those that
+/// are still being removed.
+async fn sweep(
+    node: &Arc<Inner>,
+    kept: &[(Key, Option<VmRecord>)],
+    report: &mut AdoptionReport,
+) -> Result<()> {
+    let run_dirs: HashSet<_> = kept.iter().map(|(key, _)| node.vm_run_dir(key)).collect();
+    let lives: HashSet<_> = kept
         .iter()
-        .map(|sandbox| node.vm_run_dir(sandbox.key()))
+        .map(|(key, _)| (key.sandbox.clone(), key.generation))
         .collect();
-    let lives: HashSet<_> = owned
+    let kept: Vec<i32> = kept
         .iter()
-        .map(|sandbox| (sandbox.id().clone(), sandbox.key().generation))
+        .filter_map(|(_, record)| Some(record.as_ref()?.pid))
         .collect();
-    let kept: Vec<i32> = kept.iter().map(|record| record.pid).collect();
     let (store, vms) = (node.store.clone(), node.vms_dir());
     let swept = blocking(move || {
         let mut left = Vec::new();

@@ -3,52 +3,73 @@
 use std::{sync::Arc, time::Instant};
 
 use cubicle_cow::Snapshot;
+use cubicle_ids::SandboxId;
 use cubicle_protocol::guest_api::InitRequest;
 use futures::FutureExt as _;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::{Error, Result},
-    facts::{CreateSandbox, Created, Shape},
+    facts::{CreateSandbox, Created, SandboxState, Shape},
     holdings::Holdings,
     journal::{self, Key},
     link::Identity,
     node::Inner,
     restore::{Restore, restore},
-    sandbox::{Live, Sandbox, check_stop, own_new},
+    sandbox::{Made, Sandbox, check_stop, own_new},
 };
-
-/// Generation of a new sandbox's first VM.
-const FIRST_GENERATION: u64 = 1;
 
 /// Makes a sandbox. The work is done by a task of its own: when the caller goes away, the sandbox
 /// does, too, in good order.
 pub(crate) async fn create(node: &Arc<Inner>, order: CreateSandbox) -> Result<Created> {
     let begun = Instant::now();
     let snapshot = node.store.snapshot(&order.snapshot)?;
-    let shape = shape_of(&snapshot);
     let key = Key {
         sandbox: order.id.clone(),
-        generation: FIRST_GENERATION,
+        generation: order.last_generation + 1,
     };
-    let sandbox = Arc::new(Sandbox::new(
-        key,
+    wait_for_predecessor(node, &order).await?;
+    let (sandbox, letters) = Sandbox::new(
+        key.clone(),
         order.snapshot.clone(),
-        shape,
+        shape_of(&snapshot),
         journal::now(),
-    ));
+    );
     node.registry.admit(sandbox.clone())?;
 
     let (reply, made) = oneshot::channel();
+    let held = Holdings::new(key);
     let task = {
         let (node, sandbox) = (node.clone(), sandbox.clone());
-        own_new(node.clone(), sandbox.clone(), reply, move |held, stop| {
-            async move { make(&node, &sandbox, snapshot, order, begun, held, stop).await }.boxed()
-        })
+        own_new(
+            node.clone(),
+            sandbox.clone(),
+            letters,
+            held,
+            reply,
+            move |held, stop| {
+                async move { make(&node, &sandbox, snapshot, order, begun, held, stop).await }
+                    .boxed()
+            },
+        )
     };
     node.tasks.spawn(task);
     made.await.unwrap_or(Err(Error::Closed))
+}
+
+/// A sandbox that was paused a moment ago may still be on its way out.
+async fn wait_for_predecessor(node: &Inner, order: &CreateSandbox) -> Result<()> {
+    if order.last_generation == 0 {
+        return Ok(());
+    }
+    match node.registry.get(&order.id) {
+        Ok(old) if old.state() == Some(SandboxState::Removing) => {
+            old.gone(node.config.deadlines.kill).await
+        }
+        _ => Ok(()),
+    }
 }
 
 async fn make(
@@ -59,45 +80,41 @@ async fn make(
     begun: Instant,
     held: &mut Holdings,
     stop: &CancellationToken,
-) -> Result<(Arc<Live>, Created)> {
-    let identity = identity(node, sandbox, &snapshot, &order);
-    let restored = restore(
-        node,
-        Restore {
-            key: sandbox.key().clone(),
-            snapshot: &snapshot,
-            identity,
-            egress: order.egress,
-            limits: order.limits,
-            started_at: sandbox.started_at(),
-        },
-        held,
-        stop,
-    )
-    .await?;
+) -> Made {
+    let generation = held.key.generation;
+    let order = Restore {
+        serves: Some((sandbox.id(), generation)),
+        snapshot: &snapshot,
+        identity: identity(node, &snapshot, &order, generation),
+        egress: order.egress,
+        limits: order.limits,
+        kernel: order.kernel,
+        started_at: sandbox.started_at(),
+    };
+    let restored = restore(node, order, held, stop).await?;
     let mut timings = restored.timings;
 
     check_stop(sandbox.id(), stop)?;
     let committing = Instant::now();
     node.failpoints.pass("create/commit").await?;
-    node.journal.running(sandbox.key(), journal::now()).await?;
+    node.journal.running(&held.key, journal::now()).await?;
     timings.journal += committing.elapsed();
     timings.total = begun.elapsed();
     tracing::info!(sandbox = %sandbox.id(), snapshot = %snapshot.id(), %timings, "created");
     let created = Created {
-        generation: sandbox.key().generation,
+        generation,
         shape: sandbox.shape(),
         timings,
     };
-    Ok((restored.live, created))
+    Ok((restored.live, restored.origin, created))
 }
 
-/// What the new sandbox's guest is told.
-fn identity(
+/// What the guest of a sandbox's VM is told.
+pub(crate) fn identity(
     node: &Inner,
-    sandbox: &Sandbox,
     snapshot: &Snapshot,
     order: &CreateSandbox,
+    generation: u64,
 ) -> Identity {
     let manifest = snapshot.manifest();
     let nonce = (!manifest.guest_nonce.is_empty()).then(|| manifest.guest_nonce.clone());
@@ -109,14 +126,24 @@ fn identity(
             sandbox_id: Some(order.id.clone()),
             template_id: order.template.clone(),
             hostname: Some(order.id.to_string()),
-            machine_id: Some(random_hex()),
+            machine_id: Some(machine_id(&order.id)),
             dns_servers: node.config.guest.dns_servers.clone(),
-            generation: Some(sandbox.key().generation),
+            generation: Some(generation),
             nonce: Some(random_hex()),
             ..InitRequest::default()
         },
         restored: nonce.map(|nonce| (snapshot.id().clone(), nonce)),
     }
+}
+
+/// The machine id of a sandbox: always the same for one, whichever snapshot its VM was restored
+/// from, and another for every other.
+fn machine_id(id: &SandboxId) -> String {
+    let digest = Sha256::new()
+        .chain_update("cubicle machine id\0")
+        .chain_update(id.as_str())
+        .finalize();
+    hex::encode(&digest[..16])
 }
 
 /// 128 random bits as 32 lower-case hexadecimal digits.

@@ -32,6 +32,26 @@ pub enum Error {
         /// Which sandbox.
         id: SandboxId,
     },
+    /// Another snapshot, pause or rollback of the sandbox is under way.
+    #[error("another operation on the sandbox {id} is under way")]
+    Busy {
+        /// Which sandbox.
+        id: SandboxId,
+    },
+    /// The guest does not answer, and was to be well.
+    #[error("the guest of the sandbox {id} does not answer: {why}")]
+    Unresponsive {
+        /// Which sandbox.
+        id: SandboxId,
+        /// What came instead of an answer.
+        why: String,
+    },
+    /// The snapshot holds disks only, and nobody said what to boot.
+    #[error("the snapshot {snapshot} holds no memory, and there is no kernel to boot it with")]
+    NoKernel {
+        /// Which snapshot.
+        snapshot: SnapshotId,
+    },
     /// The node holds as many sandboxes as it may.
     #[error("this node already holds {limit} sandboxes, which is its limit")]
     TooManySandboxes {

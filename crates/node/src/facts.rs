@@ -1,10 +1,13 @@
 //! What a node is asked for and what it tells.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
+use cubicle_cow::{Manifest, SnapshotKind};
 use cubicle_ids::{SandboxId, SnapshotId, TemplateId};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+
+use crate::freeze::FreezeTimings;
 
 /// A sandbox to be made.
 #[derive(Debug, Clone)]
@@ -24,6 +27,19 @@ pub struct CreateSandbox {
     pub egress: Option<cubicle_net::EgressPolicy>,
     /// Bounds on the VM's process; `None`: what its shape calls for.
     pub limits: Option<cubicle_vmm::Limits>,
+    /// The generation that this sandbox had last, 0 for a new one. Its next VM has a higher one.
+    pub last_generation: u64,
+    /// What to boot if the snapshot holds disks only.
+    pub kernel: Option<BootFiles>,
+}
+
+/// What a VM without a memory image is booted from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootFiles {
+    /// Uncompressed kernel.
+    pub kernel: PathBuf,
+    /// Initial file system with the guest daemon.
+    pub initramfs: PathBuf,
 }
 
 impl CreateSandbox {
@@ -38,8 +54,50 @@ impl CreateSandbox {
             access_token: None,
             egress: None,
             limits: None,
+            last_generation: 0,
+            kernel: None,
         }
     }
+}
+
+/// A snapshot to be taken of a running sandbox.
+#[derive(Debug, Clone)]
+pub struct TakeSnapshot {
+    /// Its id, chosen by the caller.
+    pub snapshot: SnapshotId,
+    /// Why it is taken.
+    pub kind: SnapshotKind,
+    /// Whether memory and devices are part of it, or the disks only.
+    pub memory: bool,
+    /// How long the guest is given to write back what its file systems hold; `None`: it isn't asked.
+    pub quiesce: Option<Duration>,
+    /// Refuse to freeze a guest that does not do that in time.
+    pub require_healthy: bool,
+}
+
+impl TakeSnapshot {
+    /// A whole snapshot with a fresh id, of which the guest notices nothing.
+    #[must_use]
+    pub fn new(kind: SnapshotKind) -> Self {
+        Self {
+            snapshot: SnapshotId::generate(),
+            kind,
+            memory: true,
+            quiesce: None,
+            require_healthy: false,
+        }
+    }
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// What it says about itself.
+    pub manifest: Arc<Manifest>,
+    /// How long each part of it took.
+    pub timings: FreezeTimings,
+    /// From the request until it could be restored.
+    pub total: Duration,
 }
 
 /// A sandbox that was made and has answered.
@@ -71,6 +129,8 @@ pub struct PhaseTimings {
     pub slot: Duration,
     /// Cloning the snapshot's disks.
     pub volume: Duration,
+    /// Taking over a spare that was waiting; zero if there was none.
+    pub claim: Duration,
     /// Starting the VM's process with the snapshot loaded.
     pub launch: Duration,
     /// From then until the guest answered on its channel.
@@ -84,14 +144,17 @@ pub struct PhaseTimings {
 }
 
 impl PhaseTimings {
-    /// Name and duration of each phase, in the order in which they begin; `total` last.
+    /// Name and duration of each phase, in the order in which they begin; `restore` is `launch` and
+    /// `channel` in one, from the start of the VM's process until its guest answered; `total` last.
     #[must_use]
-    pub fn phases(&self) -> [(&'static str, Duration); 7] {
+    pub fn phases(&self) -> [(&'static str, Duration); 9] {
         [
             ("slot", self.slot),
             ("volume", self.volume),
+            ("claim", self.claim),
             ("launch", self.launch),
             ("channel", self.channel),
+            ("restore", self.launch + self.channel),
             ("init", self.init),
             ("journal", self.journal),
             ("total", self.total),

@@ -15,7 +15,7 @@ use std::{
 
 use cubicle_cow::{
     DiskShape, Draft, Manifest, Snapshot,
-    memory::{Dirty, Source, capture},
+    memory::{Dirty, MemoryReport, Source, capture, capture_all},
 };
 use cubicle_ids::SandboxId;
 use cubicle_vmm::{Disk, GuestMemory, Vm};
@@ -25,6 +25,17 @@ use crate::{
     node::{Inner, blocking},
     sandbox::contained,
 };
+
+/// How much of memory is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// What the VM has written since it was started.
+    Changed,
+    /// Everything: what it was started from is lost.
+    All,
+    /// Nothing: the snapshot is of the disks.
+    None,
+}
 
 /// What becomes of the VM after the freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,9 +66,11 @@ pub struct FreezeTimings {
     pub publish: Duration,
 }
 
-impl fmt::Display for FreezeTimings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let phases = [
+impl FreezeTimings {
+    /// Name and duration of each part, in the order in which they begin.
+    #[must_use]
+    pub fn phases(&self) -> [(&'static str, Duration); 7] {
+        [
             ("flush", self.flush),
             ("pause", self.pause),
             ("device", self.device),
@@ -65,8 +78,13 @@ impl fmt::Display for FreezeTimings {
             ("memory", self.memory),
             ("frozen", self.frozen),
             ("publish", self.publish),
-        ];
-        for (n, (name, took)) in phases.into_iter().enumerate() {
+        ]
+    }
+}
+
+impl fmt::Display for FreezeTimings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, (name, took)) in self.phases().into_iter().enumerate() {
             let gap = if n == 0 { "" } else { " " };
             write!(f, "{gap}{name}={:.1}ms", took.as_secs_f64() * 1e3)?;
         }
@@ -77,7 +95,8 @@ impl fmt::Display for FreezeTimings {
 /// A VM at one instant, held in memory and in a draft.
 pub(crate) struct Frozen {
     draft: Draft,
-    memory: Dirty,
+    /// `None`: the snapshot is of the disks.
+    memory: Option<Dirty>,
     disks: Vec<DiskShape>,
     pub(crate) timings: FreezeTimings,
 }
@@ -89,10 +108,14 @@ pub(crate) async fn freeze(
     vm: &Arc<dyn Vm>,
     disks: &[Disk],
     draft: Draft,
+    extent: Extent,
     after: After,
 ) -> Result<Frozen> {
     let mut timings = FreezeTimings::default();
-    let memory = memory_source(id, &vm.memory()?)?;
+    let memory = Memory {
+        source: memory_source(id, &vm.memory()?)?,
+        extent,
+    };
 
     let begun = Instant::now();
     let writable: Vec<PathBuf> = disks
@@ -147,6 +170,12 @@ pub(crate) async fn freeze(
     })
 }
 
+/// Which memory is captured, and how much of it.
+struct Memory {
+    source: Source,
+    extent: Extent,
+}
+
 /// What happens while the VM stands still: three copies at once.
 async fn hold(
     node: &Inner,
@@ -154,9 +183,9 @@ async fn hold(
     vm: &Arc<dyn Vm>,
     disks: &[Disk],
     draft: &Arc<Draft>,
-    memory: Source,
+    memory: Memory,
     timings: &mut FreezeTimings,
-) -> Result<Dirty> {
+) -> Result<Option<Dirty>> {
     async fn timed<T>(
         id: &SandboxId,
         work: impl Future<Output = Result<T>>,
@@ -169,7 +198,10 @@ async fn hold(
     let (device, disks, memory) = tokio::join!(
         timed(id, async {
             node.failpoints.pass("freeze/device").await?;
-            Ok(vm.save_device_state(&draft.device_state()).await?)
+            if memory.extent != Extent::None {
+                vm.save_device_state(&draft.device_state()).await?;
+            }
+            Ok(())
         }),
         timed(id, async {
             node.failpoints.pass("freeze/disks").await?;
@@ -184,8 +216,15 @@ async fn hold(
         }),
         timed(id, async {
             node.failpoints.pass("freeze/memory").await?;
-            let buffer = node.store.buffer();
-            blocking(move || Ok(capture(&memory, buffer)?)).await
+            let (source, buffer) = (memory.source, node.store.buffer());
+            blocking(move || {
+                Ok(match memory.extent {
+                    Extent::Changed => Some(capture(&source, buffer)?),
+                    Extent::All => Some(capture_all(&source, buffer)?),
+                    Extent::None => None,
+                })
+            })
+            .await
         }),
     );
     (timings.device, timings.disks, timings.memory) = (device.1, disks.1, memory.1);
@@ -211,6 +250,9 @@ pub(crate) async fn publish(
     } = frozen;
     node.failpoints.pass("publish/memory").await?;
     let (draft, report) = blocking(move || {
+        let Some(memory) = memory else {
+            return Ok((draft, MemoryReport::default()));
+        };
         let report = draft.write_memory(base.as_deref(), &memory)?;
         // A VM's process opens it anew from a descriptor, as a user that owns nothing; nobody can
         // reach it by its path. Nobody writes it any more.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::{Buf as _, Bytes, BytesMut};
 use cubicle_ids::SandboxId;
-use cubicle_protocol::guest_api::{LOGS_PATH, LogEntry};
+use cubicle_protocol::guest_api::{LOGS_PATH, LogEntry, SYNC_PATH};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
 use serde::Deserialize;
@@ -45,6 +45,20 @@ impl Guest<'_> {
     /// Whether the daemon says that it is well.
     pub(crate) async fn health(&self) -> Result<()> {
         self.get("GET /health", "/health").await.map(drop)
+    }
+
+    /// Has the guest write back everything that its file systems hold.
+    pub(crate) async fn sync(&self) -> Result<()> {
+        const CALL: &str = "POST /sync";
+        let mut request = Request::new(empty_body());
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = http::Uri::from_static(SYNC_PATH);
+        let status = self.link.call(request).await?.status();
+        if status.is_success() {
+            Ok(())
+        } else {
+            Err(self.unreadable(CALL, format!("status {status}")))
+        }
     }
 
     pub(crate) async fn metrics(&self) -> Result<GuestMetrics> {

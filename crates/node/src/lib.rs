@@ -2,7 +2,8 @@
 //!
 //! A [`Node`] is put together from a hypervisor driver, a store of snapshots and a pool of network
 //! slots, none of which knows the others. It makes sandboxes from snapshots ([`Node::create`]),
-//! makes snapshots from images ([`Node::build_template`]), carries requests and streams into guests
+//! snapshots from sandboxes ([`Node::snapshot`], [`Node::pause`]), puts a snapshot in the place of a
+//! running VM ([`Node::rollback`]), makes snapshots from images ([`Node::build_template`]), carries requests and streams into guests
 //! ([`Node::request`], [`Node::connect`]), and takes everything apart again ([`Node::kill`]). It holds
 //! facts; what ought to be is decided above it.
 //!
@@ -34,8 +35,10 @@ mod metrics;
 mod node;
 mod registry;
 mod restore;
+mod rollback;
 mod sandbox;
 mod slots;
+mod snapshot;
 mod strays;
 mod template;
 #[cfg(test)]
@@ -46,8 +49,9 @@ mod tests;
 pub use config::{Deadlines, GuestDefaults, NodeConfig, NodeLimits};
 pub use error::{Error, Result};
 pub use facts::{
-    AdoptionReport, Capacity, CreateSandbox, Created, KillOutcome, NodeEvent, PhaseTimings,
-    SandboxFact, SandboxMetrics, SandboxState, Shape, SlotCounts,
+    AdoptionReport, BootFiles, Capacity, CreateSandbox, Created, KillOutcome, NodeEvent,
+    PhaseTimings, SandboxFact, SandboxMetrics, SandboxState, Shape, SlotCounts, TakeSnapshot,
+    Taken,
 };
 #[cfg(any(test, feature = "failpoints"))]
 pub use failpoint::{FailPoints, Failure};

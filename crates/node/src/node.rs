@@ -23,7 +23,7 @@ use crate::{
     error::{Error, Result},
     facts::{
         AdoptionReport, Capacity, CreateSandbox, Created, KillOutcome, NodeEvent, SandboxFact,
-        SandboxMetrics, SandboxState,
+        SandboxMetrics, SandboxState, TakeSnapshot, Taken,
     },
     failpoint::FailPoints,
     guest::Guest,
@@ -33,6 +33,7 @@ use crate::{
     metrics,
     registry::Registry,
     restore,
+    sandbox::Operation,
     slots::Slots,
     template::{self, BuiltTemplate, TemplateBuild},
 };
@@ -130,6 +131,44 @@ impl Node {
         kill::kill(&self.inner, id).await
     }
 
+    /// Freezes a running sandbox, for as long as it takes to copy what it has changed, and publishes
+    /// a snapshot of it. The sandbox runs on, also after an error.
+    ///
+    /// It is seen through even if the returned future is dropped.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`]; [`Error::Busy`] while another operation on it is under way;
+    /// [`Error::Unresponsive`]; and whatever fails on the way.
+    pub async fn snapshot(&self, id: &SandboxId, order: TakeSnapshot) -> Result<Taken> {
+        let sandbox = self.inner.registry.get(id)?;
+        sandbox.ask(|reply| Operation::Snapshot(order, reply)).await
+    }
+
+    /// The same, after which the sandbox is removed: the snapshot is all there is of it. After an
+    /// error it runs on.
+    ///
+    /// # Errors
+    /// As [`snapshot`](Self::snapshot).
+    pub async fn pause(&self, id: &SandboxId, order: TakeSnapshot) -> Result<Taken> {
+        let sandbox = self.inner.registry.get(id)?;
+        sandbox.ask(|reply| Operation::Pause(order, reply)).await
+    }
+
+    /// Makes a running sandbox what a snapshot holds: restores it beside the running VM, and once
+    /// it has answered lets it take that one's place under a new generation. After an error the old
+    /// VM goes on as if nothing had been asked.
+    ///
+    /// It is seen through even if the returned future is dropped.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create); [`Error::Busy`] while another operation on it is under way.
+    pub async fn rollback(&self, order: CreateSandbox) -> Result<Created> {
+        let sandbox = self.inner.registry.get(&order.id)?;
+        sandbox
+            .ask(|reply| Operation::Rollback(Box::new(order), reply))
+            .await
+    }
+
     /// Makes a snapshot that sandboxes are created from: image, cold boot, readiness, warm-up,
     /// freeze, and a restore that proves it. If the returned future is dropped, the build is
     /// undone.
@@ -160,7 +199,7 @@ impl Node {
     #[must_use]
     pub fn generation(&self, id: &SandboxId) -> Option<u64> {
         let sandbox = self.inner.registry.get(id).ok()?;
-        sandbox.live().ok().map(|_| sandbox.key().generation)
+        sandbox.live().ok().map(|live| live.generation)
     }
 
     /// What happens without being asked for, from now on.

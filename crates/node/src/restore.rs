@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use cubicle_cow::{Snapshot, VolumeName};
+use cubicle_ids::SandboxId;
 use cubicle_net::EgressPolicy;
 use cubicle_vmm::{Boot, Disk, Limits, VM_UID_BASE, VmSpec};
 use time::OffsetDateTime;
@@ -12,12 +13,13 @@ use tracing::Instrument as _;
 use crate::{
     create::shape_of,
     error::{Error, Result},
-    facts::PhaseTimings,
+    facts::{BootFiles, PhaseTimings},
     holdings::Holdings,
     journal::{self, Key},
     link::{Identity, Link},
     node::{Inner, blocking},
-    sandbox::{Live, check_stop, contained, unless_stopped},
+    sandbox::{Live, Origin, check_stop, contained, unless_stopped},
+    snapshot::Base,
 };
 
 /// In a manifest's options of the VM: [`cubicle_vmm::Hypervisor::machine`].
@@ -25,18 +27,21 @@ pub(crate) const MACHINE: &str = "machine";
 
 /// What is to be restored, and as what.
 pub(crate) struct Restore<'a> {
-    /// The instance that it becomes.
-    pub(crate) key: Key,
+    /// The sandbox whose VM it becomes, and which of its VMs. Nobody's, for now, without.
+    pub(crate) serves: Option<(&'a SandboxId, u64)>,
     pub(crate) snapshot: &'a Snapshot,
     pub(crate) identity: Identity,
     pub(crate) egress: Option<EgressPolicy>,
     pub(crate) limits: Option<Limits>,
+    /// For a snapshot of disks only.
+    pub(crate) kernel: Option<BootFiles>,
     pub(crate) started_at: OffsetDateTime,
 }
 
 /// A VM that has answered and knows who it is.
 pub(crate) struct Restored {
     pub(crate) live: Arc<Live>,
+    pub(crate) origin: Origin,
     /// `total` is left to the caller.
     pub(crate) timings: PhaseTimings,
 }
@@ -50,20 +55,21 @@ pub(crate) async fn restore(
     held: &mut Holdings,
     stop: &CancellationToken,
 ) -> Result<Restored> {
-    let id = &order.key.sandbox;
+    let Holdings {
+        key,
+        journaled,
+        slot,
+        volumes,
+        vm: held_vm,
+    } = held;
+    let id = order.serves.map_or(&key.sandbox, |(id, _)| id);
     let mut timings = PhaseTimings::default();
     check_machine(node, order.snapshot)?;
 
     // Three things that need nothing of each other. All are seen through, so that `held` tells the
     // truth whichever of them fails.
-    let Holdings {
-        journaled,
-        slot,
-        volumes,
-        ..
-    } = held;
     let (intent, slot, disks) = tokio::join!(
-        contained(id, announce(node, &order, journaled)),
+        contained(id, announce(node, key, &order, journaled)),
         contained(id, async {
             let begun = Instant::now();
             node.failpoints.pass("create/slot").await?;
@@ -80,7 +86,7 @@ pub(crate) async fn restore(
             let begun = Instant::now();
             node.failpoints.pass("create/volume").await?;
             *volumes = true;
-            let disks = clone_disks(node, &order.key, order.snapshot).await?;
+            let disks = clone_disks(node, key, order.snapshot).await?;
             timings.volume = begun.elapsed();
             Ok(disks)
         })
@@ -92,8 +98,9 @@ pub(crate) async fn restore(
 
     let begun = Instant::now();
     let shape = shape_of(order.snapshot);
+    let base = Base::open(&order.snapshot.memory_image())?;
     let spec = VmSpec {
-        disks,
+        disks: disks.clone(),
         tap: attachment.tap,
         netns: attachment.netns,
         limits: order
@@ -102,7 +109,7 @@ pub(crate) async fn restore(
         start: true,
         ..VmSpec::new(
             id.clone(),
-            node.vm_run_dir(&order.key),
+            node.vm_run_dir(key),
             VM_UID_BASE + index,
             shape.cpus,
             shape.memory_mib,
@@ -117,7 +124,7 @@ pub(crate) async fn restore(
         .hypervisor
         .launch(spec)
         .instrument(tracing::debug_span!("launch"));
-    let vm = held.vm.insert(launching.await?).clone();
+    let vm = held_vm.insert(launching.await?).clone();
     timings.launch = begun.elapsed();
     check_stop(id, stop)?;
 
@@ -126,13 +133,14 @@ pub(crate) async fn restore(
     let (recorded, opened) = tokio::join!(
         contained(id, async {
             node.failpoints.pass("create/record").await?;
-            node.journal.started(&order.key, index, &record).await
+            node.journal.started(key, index, &record).await
         }),
         contained(
             id,
             unless_stopped(id, stop, async {
                 node.failpoints.pass("create/channel").await?;
-                Link::open(vm.clone(), id, order.identity, node.config.deadlines.answer).await
+                let patience = node.config.deadlines.answer;
+                Link::open(vm.clone(), id, order.identity.clone(), patience).await
             })
         )
         .instrument(tracing::debug_span!("channel")),
@@ -143,17 +151,39 @@ pub(crate) async fn restore(
     timings.init = life.init;
     node.failpoints.pass("create/init").await?;
     Ok(Restored {
-        live: Arc::new(Live { vm, link }),
+        live: Arc::new(Live {
+            generation: order
+                .serves
+                .map_or(key.generation, |(_, generation)| generation),
+            snapshot: order.snapshot.id().clone(),
+            vm,
+            link,
+            disks,
+            identity: order.identity.init,
+        }),
+        origin: Origin {
+            manifest: order.snapshot.manifest().clone(),
+            base,
+        },
         timings,
     })
 }
 
 /// Writes down what is about to exist.
-async fn announce(node: &Inner, order: &Restore<'_>, journaled: &mut bool) -> Result<()> {
+async fn announce(
+    node: &Inner,
+    key: &Key,
+    order: &Restore<'_>,
+    journaled: &mut bool,
+) -> Result<()> {
     node.failpoints.pass("create/journal").await?;
     *journaled = true;
     let row = journal::Row {
-        key: order.key.clone(),
+        key: key.clone(),
+        serves: order
+            .serves
+            .map(|(id, generation)| (id.clone(), generation)),
+        origin: Some(order.snapshot.manifest().clone()),
         snapshot: order.snapshot.id().clone(),
         step: journal::Step::Creating,
         shape: shape_of(order.snapshot),

@@ -1,40 +1,68 @@
-//! One sandbox, from its owner's view: a task that makes it, waits for its end and takes it apart.
+//! One sandbox, from its owner's view: a task that makes it, does to it what is asked, waits for
+//! its end and takes it apart.
 //!
 //! All that a sandbox holds is held by its owner task and by nothing else, and only that task
-//! changes its stage. A kill merely asks; so a kill during a create, two kills at once, or a kill
-//! while the VM dies by itself are all the same sequence: make, wait, take apart.
+//! changes its stage. Snapshot, pause and rollback are letters to the owner, one at a time. A kill
+//! merely asks; so a kill during a create, two kills at once, or a kill while the VM dies by itself
+//! are all the same sequence: make, wait, take apart.
 
 use std::{any::Any, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use cubicle_cow::Manifest;
 use cubicle_ids::{SandboxId, SnapshotId};
-use cubicle_vmm::Vm;
+use cubicle_protocol::guest_api::InitRequest;
+use cubicle_vmm::{Disk, Vm};
 use futures::{FutureExt as _, future::BoxFuture};
 use time::OffsetDateTime;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Mutex, OwnedMutexGuard, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::{Error, Result},
-    facts::{Created, NodeEvent, SandboxFact, SandboxState, Shape},
+    facts::{
+        CreateSandbox, Created, NodeEvent, SandboxFact, SandboxState, Shape, TakeSnapshot, Taken,
+    },
     holdings::Holdings,
     journal::Key,
     link::Link,
     node::Inner,
+    rollback::rollback,
+    snapshot::{Base, pause, snapshot},
 };
-
-/// Pause between two attempts to take a sandbox apart; doubles up to the second.
-const RETRY_PAUSE: Duration = Duration::from_millis(20);
-const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// What others see of a sandbox.
 #[derive(Debug)]
 pub(crate) struct Sandbox {
-    key: Key,
-    snapshot: SnapshotId,
+    id: SandboxId,
+    /// What it is made from, and the generation of its first VM here.
+    made_from: (SnapshotId, u64),
     shape: Shape,
     started_at: OffsetDateTime,
     stop: CancellationToken,
     stage: watch::Sender<Stage>,
+    letters: mpsc::Sender<Letter>,
+    /// Held while an operation is under way.
+    turn: Arc<Mutex<()>>,
+}
+
+/// Where a sandbox's owner reads what it is asked to do.
+pub(crate) type Letters = mpsc::Receiver<Letter>;
+
+/// An operation, and the turn that it takes.
+#[derive(Debug)]
+pub(crate) struct Letter {
+    operation: Operation,
+    /// Given up before the reply, so that whoever reads it may ask for the next.
+    turn: OwnedMutexGuard<()>,
+}
+
+/// Something that the owner of a running sandbox is asked to do. It is seen through whether or not
+/// anybody still waits for the reply.
+#[derive(Debug)]
+pub(crate) enum Operation {
+    Snapshot(TakeSnapshot, oneshot::Sender<Result<Taken>>),
+    Pause(TakeSnapshot, oneshot::Sender<Result<Taken>>),
+    Rollback(Box<CreateSandbox>, oneshot::Sender<Result<Created>>),
 }
 
 /// Where it is in its life.
@@ -49,42 +77,81 @@ pub(crate) enum Stage {
 
 /// A VM that answers.
 pub(crate) struct Live {
+    /// Which of its sandbox's VMs it is.
+    pub(crate) generation: u64,
+    /// What was restored.
+    pub(crate) snapshot: SnapshotId,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) link: Link,
+    pub(crate) disks: Vec<Disk>,
+    /// What its guest was told last, without clock and entropy.
+    pub(crate) identity: InitRequest,
 }
 
 impl std::fmt::Debug for Live {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Live")
+            .field("generation", &self.generation)
             .field("link", &self.link)
             .finish_non_exhaustive()
     }
 }
 
+/// Where a VM's memory and disks come from: what its next snapshot descends from.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    /// Of the snapshot that it was restored from or last captured as.
+    pub(crate) manifest: Arc<Manifest>,
+    pub(crate) base: Base,
+}
+
+/// A running VM with all that its owner knows of it.
+pub(crate) struct Running {
+    pub(crate) live: Arc<Live>,
+    pub(crate) origin: Origin,
+    pub(crate) held: Holdings,
+    /// Of its next VM. Not always one more: what is left of one that came to nothing may still be
+    /// on its way out.
+    pub(crate) next_generation: u64,
+}
+
+impl Running {
+    pub(crate) fn new(live: Arc<Live>, origin: Origin, held: Holdings) -> Self {
+        let next_generation = live.generation + 1;
+        Self {
+            live,
+            origin,
+            held,
+            next_generation,
+        }
+    }
+}
+
 impl Sandbox {
+    /// A sandbox that is about to be made, and where its owner reads.
     pub(crate) fn new(
         key: Key,
         snapshot: SnapshotId,
         shape: Shape,
         started_at: OffsetDateTime,
-    ) -> Self {
-        let stop = CancellationToken::new();
-        Self {
-            key,
-            snapshot,
+    ) -> (Arc<Self>, Letters) {
+        // Whoever has the turn is the only one who writes.
+        let (letters, inbox) = mpsc::channel(1);
+        let sandbox = Self {
+            id: key.sandbox,
+            made_from: (snapshot, key.generation),
             shape,
             started_at,
-            stop,
+            stop: CancellationToken::new(),
             stage: watch::Sender::new(Stage::Creating),
-        }
+            letters,
+            turn: Arc::default(),
+        };
+        (Arc::new(sandbox), inbox)
     }
 
     pub(crate) fn id(&self) -> &SandboxId {
-        &self.key.sandbox
-    }
-
-    pub(crate) fn key(&self) -> &Key {
-        &self.key
+        &self.id
     }
 
     pub(crate) fn shape(&self) -> Shape {
@@ -108,19 +175,24 @@ impl Sandbox {
     }
 
     pub(crate) fn fact(&self) -> Option<SandboxFact> {
+        let state = self.state()?;
+        let (snapshot, generation) = match &*self.stage.borrow() {
+            Stage::Running(live) => (live.snapshot.clone(), live.generation),
+            _ => self.made_from.clone(),
+        };
         Some(SandboxFact {
-            id: self.key.sandbox.clone(),
-            state: self.state()?,
-            snapshot: self.snapshot.clone(),
+            id: self.id.clone(),
+            state,
+            snapshot,
             shape: self.shape,
             started_at: self.started_at,
-            generation: self.key.generation,
+            generation,
         })
     }
 
     /// The VM, if it runs and is meant to.
     pub(crate) fn live(&self) -> Result<Arc<Live>> {
-        let id = || self.key.sandbox.clone();
+        let id = || self.id.clone();
         if self.stop.is_cancelled() {
             return Err(Error::NotFound { id: id() });
         }
@@ -131,7 +203,28 @@ impl Sandbox {
         }
     }
 
-    /// From now on it can be used.
+    /// Asks the owner for an operation and waits for what comes of it.
+    pub(crate) async fn ask<T>(
+        &self,
+        operation: impl FnOnce(oneshot::Sender<Result<T>>) -> Operation,
+    ) -> Result<T> {
+        self.live()?;
+        let id = || self.id.clone();
+        let Ok(turn) = self.turn.clone().try_lock_owned() else {
+            return Err(Error::Busy { id: id() });
+        };
+        let (reply, done) = oneshot::channel();
+        let letter = Letter {
+            operation: operation(reply),
+            turn,
+        };
+        let sent = self.letters.send(letter).await;
+        sent.map_err(|_| Error::NotFound { id: id() })?;
+        done.await
+            .unwrap_or_else(|_| Err(Error::Killed { id: id() }))
+    }
+
+    /// From now on this VM is it.
     pub(crate) fn set_running(&self, live: &Arc<Live>) {
         self.stage.send_replace(Stage::Running(live.clone()));
     }
@@ -142,6 +235,11 @@ impl Sandbox {
         if let Stage::Running(live) = &*self.stage.borrow() {
             live.link.close();
         }
+    }
+
+    /// Cancelled once it is to be taken apart.
+    pub(crate) fn stopping(&self) -> &CancellationToken {
+        &self.stop
     }
 
     /// Waits until nothing of it is left.
@@ -157,12 +255,15 @@ impl Sandbox {
             _ => String::new(),
         };
         Err(Error::KillTimeout {
-            id: self.key.sandbox.clone(),
+            id: self.id.clone(),
             after: patience,
             last,
         })
     }
 }
+
+/// What comes of making a sandbox.
+pub(crate) type Made = Result<(Arc<Live>, Origin, Created)>;
 
 /// Makes a sandbox by `make`, hands it out through `reply`, and owns it until it is gone. `make`
 /// puts all that it takes into the [`Holdings`]; whatever it left there when it fails is released
@@ -172,15 +273,13 @@ impl Sandbox {
 pub(crate) async fn own_new<M>(
     node: Arc<Inner>,
     sandbox: Arc<Sandbox>,
+    letters: Letters,
+    mut held: Holdings,
     mut reply: oneshot::Sender<Result<Created>>,
     make: M,
 ) where
-    M: for<'a> FnOnce(
-        &'a mut Holdings,
-        &'a CancellationToken,
-    ) -> BoxFuture<'a, Result<(Arc<Live>, Created)>>,
+    M: for<'a> FnOnce(&'a mut Holdings, &'a CancellationToken) -> BoxFuture<'a, Made>,
 {
-    let mut held = Holdings::default();
     let made = {
         let mut making = AssertUnwindSafe(make(&mut held, &sandbox.stop)).catch_unwind();
         tokio::select! {
@@ -191,11 +290,12 @@ pub(crate) async fn own_new<M>(
             }
         }
     };
-    match made.unwrap_or_else(|panic| Err(panicked(&sandbox, panic))) {
-        Ok((live, created)) => {
+    match made.unwrap_or_else(|panic| Err(panicked(&sandbox, panic.as_ref()))) {
+        Ok((live, origin, created)) => {
             sandbox.set_running(&live);
             if reply.send(Ok(created)).is_ok() {
-                run(&node, &sandbox, &live, &mut held).await;
+                let running = Running::new(live, origin, held);
+                run(&node, &sandbox, letters, running).await;
             } else {
                 remove(&node, &sandbox, Some(&live), &mut held).await;
             }
@@ -211,35 +311,62 @@ pub(crate) async fn own_new<M>(
 pub(crate) async fn own_adopted(
     node: Arc<Inner>,
     sandbox: Arc<Sandbox>,
-    live: Arc<Live>,
-    mut held: Holdings,
+    letters: Letters,
+    running: Running,
 ) {
-    run(&node, &sandbox, &live, &mut held).await;
+    run(&node, &sandbox, letters, running).await;
 }
 
-/// Owns what is left of a sandbox that is not to run.
-pub(crate) async fn own_remains(node: Arc<Inner>, sandbox: Arc<Sandbox>, mut held: Holdings) {
-    sandbox.stop.cancel();
-    remove(&node, &sandbox, None, &mut held).await;
-}
-
-/// Waits for the end of a running sandbox, then takes it apart.
-async fn run(node: &Inner, sandbox: &Arc<Sandbox>, live: &Arc<Live>, held: &mut Holdings) {
-    let exited = tokio::select! {
-        () = sandbox.stop.cancelled() => false,
-        () = node.abandon.cancelled() => return,
-        () = live.vm.exited() => !sandbox.stop.is_cancelled(),
+/// Does what a running sandbox is asked until it ends, then takes it apart.
+async fn run(
+    node: &Arc<Inner>,
+    sandbox: &Arc<Sandbox>,
+    mut letters: Letters,
+    mut running: Running,
+) {
+    let exited = loop {
+        let letter = tokio::select! {
+            biased;
+            () = sandbox.stop.cancelled() => break false,
+            () = node.abandon.cancelled() => return,
+            () = running.live.vm.exited() => break !sandbox.stop.is_cancelled(),
+            letter = letters.recv() => letter,
+        };
+        // The sandbox itself holds the other end.
+        let Some(letter) = letter else { continue };
+        serve(node, sandbox, &mut running, letter).await;
     };
     if exited {
         tracing::warn!(sandbox = %sandbox.id(), "the VM ended by itself");
     }
-    remove(node, sandbox, Some(live), held).await;
+    let Running { live, mut held, .. } = running;
+    remove(node, sandbox, Some(&live), &mut held).await;
     if exited {
-        let Key {
-            sandbox: id,
-            generation,
-        } = sandbox.key.clone();
+        let (id, generation) = (sandbox.id.clone(), live.generation);
         node.events.send(NodeEvent::Exited { id, generation }).ok();
+    }
+}
+
+/// Sees one operation through.
+async fn serve(node: &Arc<Inner>, sandbox: &Arc<Sandbox>, running: &mut Running, letter: Letter) {
+    let id = sandbox.id();
+    let Letter { operation, turn } = letter;
+    match operation {
+        Operation::Snapshot(order, reply) => {
+            let taken = contained(id, snapshot(node, sandbox, running, order)).await;
+            drop(turn);
+            reply.send(taken).ok();
+        }
+        Operation::Pause(order, reply) => {
+            let taken = contained(id, pause(node, sandbox, running, order)).await;
+            drop(turn);
+            reply.send(taken).ok();
+        }
+        Operation::Rollback(order, reply) => {
+            let made = contained(id, rollback(node, sandbox, running, *order)).await;
+            drop(turn);
+            reply.send(made).ok();
+        }
     }
 }
 
@@ -254,27 +381,12 @@ async fn remove(
         live.link.close();
     }
     sandbox.stage.send_replace(Stage::Removing(String::new()));
-    let mut pause = RETRY_PAUSE;
-    loop {
-        let released = AssertUnwindSafe(held.release(node, sandbox.key()))
-            .catch_unwind()
-            .await;
-        match released.unwrap_or_else(|panic| Err(panicked(sandbox, panic))) {
-            Ok(()) => break,
-            Err(error) => {
-                tracing::error!(sandbox = %sandbox.id(), %error, "could not remove all of a sandbox, trying again");
-                sandbox
-                    .stage
-                    .send_replace(Stage::Removing(error.to_string()));
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            // The rows and files are still there for the next start to find.
-            () = node.abandon.cancelled() => break,
-        }
-        pause = (pause * 2).min(RETRY_PAUSE_MAX);
-    }
+    let failed = |error: &Error| {
+        sandbox
+            .stage
+            .send_replace(Stage::Removing(error.to_string()));
+    };
+    held.release_for_sure(node, failed).await;
     node.registry.remove(sandbox);
     sandbox.stage.send_replace(Stage::Gone);
 }
@@ -315,8 +427,8 @@ pub(crate) fn check_stop(id: &SandboxId, stop: &CancellationToken) -> Result<()>
     }
 }
 
-fn panicked(sandbox: &Sandbox, panic: Box<dyn Any + Send>) -> Error {
-    let message = panic_message(panic.as_ref());
+fn panicked(sandbox: &Sandbox, panic: &(dyn Any + Send)) -> Error {
+    let message = panic_message(panic);
     tracing::error!(sandbox = %sandbox.id(), message, "a task panicked");
     Error::Panic {
         id: sandbox.id().clone(),

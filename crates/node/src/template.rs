@@ -23,7 +23,7 @@ use crate::{
     create::random_hex,
     error::{Error, Result},
     facts::{PhaseTimings, Shape},
-    freeze::{After, FreezeTimings, freeze, publish},
+    freeze::{After, Extent, FreezeTimings, freeze, publish},
     guest::Guest,
     holdings::Holdings,
     journal::{self, Key},
@@ -216,14 +216,14 @@ impl Builder {
             sandbox: self.id.clone(),
             generation: 1,
         };
-        let mut held = Holdings::default();
+        let mut held = Holdings::new(key);
         let booting = async {
-            let booted = self.boot(&key, &image, &mut held).await?;
+            let booted = self.boot(&image, &mut held).await?;
             booted.link.close();
             Ok(booted.boot)
         };
         let boot = contained(&self.id, booting).await;
-        self.give_back(&key, held, boot).await
+        self.give_back(held, boot).await
     }
 
     async fn run(self) -> Result<BuiltTemplate> {
@@ -250,9 +250,9 @@ impl Builder {
             sandbox: self.id.clone(),
             generation: 1,
         };
-        let mut held = Holdings::default();
-        let frozen = contained(&self.id, self.boot_and_freeze(&key, image, &mut held)).await;
-        let (snapshot, mut built) = self.give_back(&key, held, frozen).await?;
+        let mut held = Holdings::new(key);
+        let frozen = contained(&self.id, self.boot_and_freeze(image, &mut held)).await;
+        let (snapshot, mut built) = self.give_back(held, frozen).await?;
 
         self.progress
             .message(TemplateBuild::PROOF, "restoring the snapshot");
@@ -260,9 +260,9 @@ impl Builder {
             sandbox: self.id.clone(),
             generation: 2,
         };
-        let mut held = Holdings::default();
-        let proof = contained(&self.id, self.prove(&key, &snapshot, &mut held)).await;
-        built.proof = self.give_back(&key, held, proof).await?;
+        let mut held = Holdings::new(key);
+        let proof = contained(&self.id, self.prove(&snapshot, &mut held)).await;
+        built.proof = self.give_back(held, proof).await?;
         let took = format!("restored in {:.0?}", built.proof.total);
         self.progress.done(TemplateBuild::PROOF, took);
         let (freeze, proof) = (&built.freeze, &built.proof);
@@ -272,12 +272,12 @@ impl Builder {
 
     /// Gives back what work left in its holdings, whether it succeeded or failed; returns what
     /// came of it.
-    async fn give_back<T>(&self, key: &Key, mut held: Holdings, done: Result<T>) -> Result<T> {
+    async fn give_back<T>(&self, mut held: Holdings, done: Result<T>) -> Result<T> {
         for attempt in 1.. {
-            let Err(error) = held.release(&self.node, key).await else {
+            let Err(error) = held.release(&self.node).await else {
                 break;
             };
-            tracing::error!(sandbox = %key.sandbox, %error, attempt, "could not remove all of a build");
+            tracing::error!(sandbox = %self.id, %error, attempt, "could not remove all of a build");
             if attempt == RELEASE_ATTEMPTS {
                 return done.and(Err(error));
             }
@@ -313,14 +313,13 @@ impl Builder {
 
     async fn boot_and_freeze(
         &self,
-        key: &Key,
         image: &TemplateImage,
         held: &mut Holdings,
     ) -> Result<(Snapshot, BuiltTemplate)> {
         let (node, build) = (&self.node, &self.build);
         self.progress
             .message(TemplateBuild::BOOT, "starting the VM");
-        let booted = self.boot(key, image, held).await?;
+        let booted = self.boot(image, held).await?;
         self.progress.done(
             TemplateBuild::BOOT,
             format!("the guest answered after {:.1?}", booted.boot),
@@ -363,6 +362,7 @@ impl Builder {
             &booted.vm,
             &[booted.disk],
             draft,
+            Extent::Changed,
             After::Stop,
         )
         .await?;
@@ -386,7 +386,8 @@ impl Builder {
         Ok((snapshot, built))
     }
 
-    async fn boot(&self, key: &Key, image: &TemplateImage, held: &mut Holdings) -> Result<Booted> {
+    async fn boot(&self, image: &TemplateImage, held: &mut Holdings) -> Result<Booted> {
+        let key = held.key.clone();
         let (node, build, id) = (&self.node, &self.build, &self.id);
         let nonce = random_hex();
         let init = InitRequest {
@@ -406,6 +407,8 @@ impl Builder {
         held.journaled = true;
         let row = journal::Row {
             key: key.clone(),
+            serves: None,
+            origin: None,
             snapshot: build.snapshot.clone(),
             step: journal::Step::Creating,
             shape: Shape {
@@ -429,7 +432,7 @@ impl Builder {
         node.failpoints.pass("build/volume").await?;
         held.volumes = true;
         let (store, rootfs) = (node.store.clone(), image.rootfs.clone());
-        let volume = VolumeName::new(key.sandbox.clone(), key.generation, 0);
+        let volume = VolumeName::new(id.clone(), key.generation, 0);
         let path = blocking(move || Ok(store.import_volume(&rootfs, &volume)?.0)).await?;
         let disk = Disk {
             path,
@@ -444,7 +447,7 @@ impl Builder {
             initramfs: image.initramfs.clone(),
             cmdline: CMDLINE.to_owned(),
         };
-        let run_dir = node.vm_run_dir(key);
+        let run_dir = node.vm_run_dir(&key);
         let spec = VmSpec {
             disks: vec![disk.clone()],
             tap: attachment.tap,
@@ -460,7 +463,7 @@ impl Builder {
             )
         };
         let vm = held.vm.insert(node.hypervisor.launch(spec).await?).clone();
-        node.journal.started(key, index, &vm.record()).await?;
+        node.journal.started(&key, index, &vm.record()).await?;
 
         node.failpoints.pass("build/answer").await?;
         let identity = Identity {
@@ -517,12 +520,7 @@ impl Builder {
     }
 
     /// Restores the new snapshot as a sandbox that nobody will have known.
-    async fn prove(
-        &self,
-        key: &Key,
-        snapshot: &Snapshot,
-        held: &mut Holdings,
-    ) -> Result<PhaseTimings> {
+    async fn prove(&self, snapshot: &Snapshot, held: &mut Holdings) -> Result<PhaseTimings> {
         let begun = Instant::now();
         let identity = Identity {
             init: InitRequest {
@@ -535,11 +533,12 @@ impl Builder {
             )),
         };
         let order = Restore {
-            key: key.clone(),
+            serves: None,
             snapshot,
             identity,
             egress: Some(EgressPolicy::deny_all()),
             limits: None,
+            kernel: None,
             started_at: journal::now(),
         };
         let restored = restore(&self.node, order, held, &self.stop).await?;

@@ -140,6 +140,7 @@ pub(crate) struct TestVm {
     /// Ends the connection that is being served, as a daemon that dies does.
     sever: Mutex<CancellationToken>,
     pub(crate) connections: AtomicU32,
+    stopped: AtomicBool,
     run_dir: std::path::PathBuf,
     pid: i32,
     memory: u32,
@@ -163,12 +164,17 @@ impl TestVm {
             exited: CancellationToken::new(),
             sever: Mutex::default(),
             connections: AtomicU32::new(0),
+            stopped: AtomicBool::new(false),
             run_dir: std::path::PathBuf::new(),
             pid: 0,
             memory: 0,
             immortal: Arc::default(),
             pages: std::sync::OnceLock::new(),
         }
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(SeqCst)
     }
 
     pub(crate) fn sever(&self) {
@@ -218,10 +224,12 @@ impl Vm for TestVm {
     }
 
     async fn pause(&self) -> cubicle_vmm::Result<()> {
+        self.stopped.store(true, SeqCst);
         Ok(())
     }
 
     async fn resume(&self) -> cubicle_vmm::Result<()> {
+        self.stopped.store(false, SeqCst);
         Ok(())
     }
 
@@ -296,6 +304,8 @@ pub(crate) struct Guest {
     pub(crate) behaviour: Arc<Behaviour>,
     pub(crate) inits: Mutex<Vec<InitRequest>>,
     pub(crate) nonce: Mutex<Option<String>>,
+    /// `/sync` gets no answer.
+    pub(crate) silent_sync: AtomicBool,
 }
 
 /// Lowers a counter that is not zero; whether it was not.
@@ -431,6 +441,10 @@ impl Guest {
                 }
                 *response.body_mut() = full_body(stream);
             }
+            (Method::POST, "/sync") if self.silent_sync.load(SeqCst) => {
+                std::future::pending().await
+            }
+            (Method::POST, "/sync") => *response.status_mut() = StatusCode::NO_CONTENT,
             (Method::GET, "/never") => std::future::pending().await,
             _ => {
                 let authority = request.uri().authority().unwrap().to_string();

@@ -14,9 +14,10 @@ use serde::{Deserialize, Serialize};
 /// holds: a restore must be given the shape its snapshot was taken with.
 #[derive(Debug)]
 pub struct VmSpec {
-    /// Whose VM this is. Names its cgroup and appears in every error.
+    /// Whose VM this is. Appears in every error.
     pub id: SandboxId,
-    /// Directory of this VM alone: sockets and logs. The driver creates it (mode 0700) and
+    /// Directory of this VM alone: sockets and logs. Its name is also that of the VM's cgroup, and
+    /// no other VM may have it. The driver creates it (mode 0700) and
     /// removes it with everything in it when the VM is killed. Its parent must exist. At most
     /// [`VmSpec::MAX_RUN_DIR`] bytes long, because a socket address is that short.
     pub run_dir: PathBuf,

@@ -31,6 +31,14 @@ pub(crate) async fn envs(Shared(state): Shared<Arc<State>>) -> Response {
     uncached(Json(environment))
 }
 
+/// `POST /sync`: 204 once everything that was written is on the disks.
+pub(crate) async fn sync() -> Response {
+    match tokio::task::spawn_blocking(rustix::fs::sync).await {
+        Ok(()) => uncached(StatusCode::NO_CONTENT),
+        Err(_) => uncached(StatusCode::INTERNAL_SERVER_ERROR),
+    }
+}
+
 /// A response that holds for this moment only.
 fn uncached(response: impl IntoResponse) -> Response {
     let mut response = response.into_response();

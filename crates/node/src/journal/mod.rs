@@ -5,8 +5,9 @@
 //! crash before it was added leaves a resource that no row names, which the sweep at the next start
 //! removes. So after `kill -9` at any point, rows and sweep together account for everything.
 
-use std::{path::Path, str::FromStr as _, time::Duration};
+use std::{path::Path, str::FromStr as _, sync::Arc, time::Duration};
 
+use cubicle_cow::Manifest;
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_protocol::guest_api::InitRequest;
 use cubicle_vmm::VmRecord;
@@ -56,7 +57,8 @@ impl Step {
     }
 }
 
-/// Names one instance.
+/// Names one instance: a sandbox's id and generation, or, for a VM that was made before anybody
+/// asked for it, an id that no sandbox has.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub(crate) sandbox: SandboxId,
@@ -67,7 +69,12 @@ pub(crate) struct Key {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Row {
     pub(crate) key: Key,
+    /// The sandbox whose VM it is, and which of its VMs.
+    pub(crate) serves: Option<(SandboxId, u64)>,
     pub(crate) snapshot: SnapshotId,
+    /// Of the snapshot that it was restored from or last captured as; none for one that was booted
+    /// from an image.
+    pub(crate) origin: Option<Arc<Manifest>>,
     pub(crate) step: Step,
     pub(crate) shape: Shape,
     pub(crate) slot: Option<u32>,
@@ -116,12 +123,16 @@ impl Journal {
     /// Writes down that an instance is about to be made.
     pub(crate) async fn begin(&self, row: &Row) -> Result<()> {
         sqlx::query(
-            "INSERT INTO instance (sandbox, generation, snapshot, step, cpus, memory_mib, disk_mib, \
-             slot, vm, identity, created_at, running_at) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT INTO instance (sandbox, generation, serves, serves_generation, snapshot, origin, \
+             step, cpus, memory_mib, disk_mib, slot, vm, identity, created_at, running_at) \
+             VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         )
         .bind(row.key.sandbox.as_str())
         .bind(signed(row.key.generation))
+        .bind(row.serves.as_ref().map(|(id, _)| id.as_str()))
+        .bind(row.serves.as_ref().map(|(_, generation)| signed(*generation)))
         .bind(row.snapshot.as_str())
+        .bind(row.origin.as_ref().map(json))
         .bind(row.step.as_str())
         .bind(row.shape.cpus)
         .bind(row.shape.memory_mib)
@@ -163,6 +174,73 @@ impl Journal {
             .bind(millis(at))
             .bind(key.sandbox.as_str().to_owned())
             .bind(signed(key.generation)),
+        )
+        .await
+    }
+
+    /// Records that the instance is handed out and that the one before it is not to be used any
+    /// more: both or neither.
+    pub(crate) async fn supersede(&self, old: &Key, new: &Key) -> Result<()> {
+        let attempt = "record a change of VMs";
+        let mut transaction = self.pool.begin().await.map_err(attempting(attempt))?;
+        sqlx::query("UPDATE instance SET step = 'removing' WHERE sandbox = ? AND generation = ?")
+            .bind(old.sandbox.as_str())
+            .bind(signed(old.generation))
+            .execute(&mut *transaction)
+            .await
+            .map_err(attempting(attempt))?;
+        let done = sqlx::query(
+            "UPDATE instance SET step = 'running', running_at = ? \
+             WHERE sandbox = ? AND generation = ?",
+        )
+        .bind(millis(now()))
+        .bind(new.sandbox.as_str())
+        .bind(signed(new.generation))
+        .execute(&mut *transaction)
+        .await
+        .map_err(attempting(attempt))?;
+        if done.rows_affected() != 1 {
+            let source = sqlx::Error::RowNotFound;
+            return Err(Error::Journal { attempt, source });
+        }
+        transaction.commit().await.map_err(attempting(attempt))
+    }
+
+    /// Records that a spare is a sandbox's VM from now on, what its guest is told, and that it is
+    /// handed out.
+    pub(crate) async fn claimed(
+        &self,
+        key: &Key,
+        (id, generation): (&SandboxId, u64),
+        identity: &InitRequest,
+        at: OffsetDateTime,
+    ) -> Result<()> {
+        self.update(
+            "record the claim of a spare",
+            sqlx::query(
+                "UPDATE instance SET step = 'running', running_at = ?, serves = ?, \
+                 serves_generation = ?, identity = ?, created_at = ? \
+                 WHERE sandbox = ? AND generation = ?",
+            )
+            .bind(millis(at))
+            .bind(id.as_str().to_owned())
+            .bind(signed(generation))
+            .bind(json(identity))
+            .bind(millis(at))
+            .bind(key.sandbox.as_str().to_owned())
+            .bind(signed(key.generation)),
+        )
+        .await
+    }
+
+    /// Records which snapshot the instance was last captured as.
+    pub(crate) async fn captured(&self, key: &Key, origin: &Manifest) -> Result<()> {
+        self.update(
+            "record a snapshot",
+            sqlx::query("UPDATE instance SET origin = ? WHERE sandbox = ? AND generation = ?")
+                .bind(json(origin))
+                .bind(key.sandbox.as_str().to_owned())
+                .bind(signed(key.generation)),
         )
         .await
     }
@@ -318,12 +396,24 @@ fn read_fields(row: &SqliteRow, sandbox: &str) -> Result<Row, String> {
     let step: String = get(row, "step")?;
     let snapshot: String = get(row, "snapshot")?;
     let generation: i64 = get(row, "generation")?;
+    let serves: Option<String> = get(row, "serves")?;
+    let serves_generation: Option<i64> = get(row, "serves_generation")?;
     Ok(Row {
         key: Key {
             sandbox: SandboxId::from_str(sandbox).map_err(|error| error.to_string())?,
             generation: generation.unsigned_abs(),
         },
+        serves: match (serves, serves_generation) {
+            (Some(id), Some(generation)) => Some((
+                SandboxId::from_str(&id).map_err(|error| error.to_string())?,
+                generation.unsigned_abs(),
+            )),
+            _ => None,
+        },
         snapshot: SnapshotId::from_str(&snapshot).map_err(|error| error.to_string())?,
+        origin: get::<Option<String>>(row, "origin")?
+            .map(|text| parsed("origin", &text))
+            .transpose()?,
         step: Step::parse(&step).ok_or_else(|| format!("unknown step {step}"))?,
         shape: Shape {
             cpus: get(row, "cpus")?,

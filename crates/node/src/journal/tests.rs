@@ -10,6 +10,8 @@ fn row(sandbox: &SandboxId, generation: u64) -> Row {
             sandbox: sandbox.clone(),
             generation,
         },
+        serves: Some((sandbox.clone(), 2)),
+        origin: None,
         snapshot: SnapshotId::generate(),
         step: Step::Creating,
         shape: Shape {

@@ -17,6 +17,7 @@ use crate::{
 
 mod mixed;
 mod restart;
+mod snapshots;
 
 /// Every step of a create, in the order of their beginnings.
 const CREATE_STEPS: [&str; 8] = [

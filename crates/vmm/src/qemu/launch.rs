@@ -144,7 +144,10 @@ fn start(host: &Host, spec: &VmSpec, launching: &mut Launching) -> Result<Starte
         .kernel_log
         .then(|| connect(CONSOLE_SOCKET))
         .transpose()?;
-    let cgroup = host.cgroups.create(spec.id.as_str(), &spec.limits)?;
+    // A sandbox may have two VMs for a moment; each has a run directory of its own.
+    let group = spec.run_dir.file_name().and_then(std::ffi::OsStr::to_str);
+    let group = group.unwrap_or(spec.id.as_str());
+    let cgroup = host.cgroups.create(group, &spec.limits)?;
     let output = Output::new().map_err(Error::host("allocate room for its output", &spec.id))?;
 
     let process = spawn(host, spec, &fds, output.as_fd())?;

@@ -1,0 +1,175 @@
+//! Snapshot and pause: a running sandbox becomes a snapshot, and goes on or not.
+
+use std::{fs::File, os::fd::AsRawFd as _, path::PathBuf, sync::Arc, time::Instant};
+
+use cubicle_cow::Manifest;
+use cubicle_ids::SandboxId;
+
+use crate::{
+    error::{Error, Result},
+    facts::{TakeSnapshot, Taken},
+    freeze::{After, Extent, freeze, publish},
+    guest::Guest,
+    node::Inner,
+    sandbox::{Live, Origin, Running, Sandbox, contained},
+};
+
+/// The memory image that a VM's changes are laid over.
+#[derive(Debug)]
+pub(crate) enum Base {
+    /// The one that it was started from or last captured as; held open, so that it may be deleted.
+    Image(File),
+    /// There is none: the VM was booted, and all that it has not written is zero.
+    Zero,
+    /// There was one, and it cannot be found any more: everything has to be copied.
+    Lost,
+}
+
+impl Base {
+    /// What a VM that was restored from this image changes.
+    pub(crate) fn open(image: &PathBuf) -> Result<Self> {
+        let open = File::open(image).map_err(Error::io("open the memory image", image));
+        Ok(Self::Image(open?))
+    }
+
+    /// A path by which this process reaches it, deleted or not.
+    fn path(&self) -> Option<PathBuf> {
+        match self {
+            Self::Image(file) => Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into()),
+            Self::Zero | Self::Lost => None,
+        }
+    }
+
+    fn extent(&self) -> Extent {
+        match self {
+            Self::Image(_) | Self::Zero => Extent::Changed,
+            Self::Lost => Extent::All,
+        }
+    }
+}
+
+/// Makes a snapshot; the sandbox runs on.
+pub(crate) async fn snapshot(
+    node: &Arc<Inner>,
+    sandbox: &Sandbox,
+    running: &mut Running,
+    order: TakeSnapshot,
+) -> Result<Taken> {
+    node.failpoints.pass("snapshot/begin").await?;
+    let taken = take(node, sandbox, running, order, After::Resume).await?;
+    tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "snapshot taken");
+    // From here on only what differs from this snapshot is new.
+    let image = node.store.snapshot(&taken.manifest.id);
+    if let Ok(base) = image
+        .map_err(Error::from)
+        .and_then(|it| Base::open(&it.memory_image()))
+    {
+        running.origin = Origin {
+            manifest: taken.manifest.clone(),
+            base,
+        };
+        let recorded = node
+            .journal
+            .captured(&running.held.key, &taken.manifest)
+            .await;
+        if let Err(error) = recorded {
+            tracing::warn!(sandbox = %sandbox.id(), %error, "after a restart the next snapshot will have an older parent");
+        }
+    }
+    Ok(taken)
+}
+
+/// Makes a snapshot, after which the sandbox is no more; its owner takes the VM apart. If it fails
+/// the sandbox runs on.
+pub(crate) async fn pause(
+    node: &Arc<Inner>,
+    sandbox: &Sandbox,
+    running: &mut Running,
+    order: TakeSnapshot,
+) -> Result<Taken> {
+    node.failpoints.pass("pause/begin").await?;
+    let taken = take(node, sandbox, running, order, After::Stop).await?;
+    tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "paused");
+    sandbox.stop();
+    Ok(taken)
+}
+
+async fn take(
+    node: &Arc<Inner>,
+    sandbox: &Sandbox,
+    running: &Running,
+    order: TakeSnapshot,
+    after: After,
+) -> Result<Taken> {
+    let begun = Instant::now();
+    let (id, live) = (sandbox.id(), &running.live);
+    quiesce(id, live, &order).await?;
+    let draft = node
+        .store
+        .begin_snapshot(order.snapshot.clone(), order.kind)?;
+    let extent = if order.memory {
+        running.origin.base.extent()
+    } else {
+        Extent::None
+    };
+    let taking = async {
+        let frozen = freeze(node, id, &live.vm, &live.disks, draft, extent, after).await?;
+        let manifest = descendant(&running.origin.manifest, &order, live);
+        publish(node, frozen, running.origin.base.path(), manifest).await
+    };
+    let taken = contained(id, taking).await;
+    if taken.is_err()
+        && after == After::Stop
+        && let Err(error) = live.vm.resume().await
+    {
+        tracing::error!(sandbox = %id, %error, "a VM does not run on after a failed pause");
+    }
+    let (snapshot, timings) = taken?;
+    Ok(Taken {
+        manifest: snapshot.manifest().clone(),
+        timings,
+        total: begun.elapsed(),
+    })
+}
+
+/// Has the guest write back what its file systems hold, if that is asked for. Never waits longer
+/// than the order says: a guest that does not answer is frozen as it is, unless it has to be well.
+async fn quiesce(id: &SandboxId, live: &Live, order: &TakeSnapshot) -> Result<()> {
+    let Some(patience) = order.quiesce else {
+        return Ok(());
+    };
+    let guest = Guest {
+        id,
+        link: &live.link,
+    };
+    let synced = tokio::time::timeout(patience, guest.sync()).await;
+    let why = match synced {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error.to_string(),
+        Err(_elapsed) => format!("nothing within {patience:?}"),
+    };
+    if order.require_healthy {
+        return Err(Error::Unresponsive {
+            id: id.clone(),
+            why,
+        });
+    }
+    tracing::warn!(sandbox = %id, why, "freezing a guest that could not be asked to write back");
+    Ok(())
+}
+
+/// The manifest of a snapshot of a VM that came from `origin`.
+fn descendant(origin: &Manifest, order: &TakeSnapshot, live: &Live) -> Manifest {
+    let manifest = Manifest::new(
+        order.snapshot.clone(),
+        order.kind,
+        origin.vm.clone(),
+        origin.kernel.clone(),
+    );
+    let mut manifest = manifest.child_of(origin);
+    manifest.labels.clone_from(&origin.labels);
+    manifest
+        .guest_nonce
+        .clone_from(live.identity.nonce.as_ref().unwrap_or(&origin.guest_nonce));
+    manifest
+}
