@@ -10,7 +10,7 @@ use cubicle_ids::SnapshotId;
 use crate::{
     error::{Context as _, Error, Result},
     manifest::{FORMAT_VERSION, Manifest, Part, SnapshotKind},
-    memory::{self, Dirty, MemoryReport},
+    memory::{self, Base, Dirty, MemoryReport},
     reflink,
     snapshot::{DEVICE_STATE, MANIFEST, MEMORY, Snapshot},
     store::{Store, uncancelled},
@@ -82,12 +82,16 @@ impl Draft {
         reflink::duplicate(self.store.support(), from, &self.disk(disk))
     }
 
-    /// Writes the memory image from captured pages, over `base` if there is one (see
-    /// [`memory::write_image`]). Blocking; outside the freeze.
+    /// Writes the memory image from captured pages, over `base` (see [`memory::write_image`]): a
+    /// path, an open file, or nothing. Blocking; outside the freeze.
     ///
     /// # Errors
     /// As [`memory::write_image`].
-    pub fn write_memory(&self, base: Option<&Path>, dirty: &Dirty) -> Result<MemoryReport> {
+    pub fn write_memory<'a>(
+        &self,
+        base: impl Into<Base<'a>>,
+        dirty: &Dirty,
+    ) -> Result<MemoryReport> {
         memory::write_image(self.store.support(), base, dirty, &self.memory_image())
     }
 

@@ -144,6 +144,24 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There is no memory to copy a VM's memory into.
+    #[error("no memory for a capture of {bytes} bytes: {source}")]
+    NoMemory {
+        /// How many bytes were asked for.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A way of finding written pages was asked for that does not work here.
+    #[error(
+        "this kernel cannot find written memory by {tier}: {reason}; choose another tier, or `auto`"
+    )]
+    TierUnsupported {
+        /// Which tier.
+        tier: crate::memory::Tier,
+        /// What the probe found.
+        reason: String,
+    },
     /// A memory range or image does not have the shape that was promised.
     #[error("memory image {}: {reason}", path.display())]
     Shape {

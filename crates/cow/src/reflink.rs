@@ -188,6 +188,11 @@ impl<'a> DataExtents<'a> {
     pub(crate) fn new(file: &'a File, size: u64) -> Self {
         Self { file, at: 0, size }
     }
+
+    /// Goes on at `at`, which is not before where it is now.
+    pub(crate) fn skip_to(&mut self, at: u64) {
+        self.at = self.at.max(at);
+    }
 }
 
 impl Iterator for DataExtents<'_> {

@@ -18,7 +18,7 @@ use std::{
 use common::DataDir;
 use cubicle_cow::{
     Error,
-    memory::{Buffer, Source, Tier, capture, capture_all, write_image},
+    memory::{Base, Buffer, Source, Tier, capture, capture_all, write_image},
     reflink::Support,
 };
 use proptest::prelude::*;
@@ -211,8 +211,8 @@ proptest! {
                 // Over the image the process started from, and over the one before this.
                 let over_start = path("start");
                 let over_previous = path("previous");
-                write_image(&support, Some(&started_from), &dirty, &over_start).unwrap();
-                let report = write_image(&support, Some(&previous), &dirty, &over_previous).unwrap();
+                write_image(&support, started_from.as_path(), &dirty, &over_start).unwrap();
+                let report = write_image(&support, previous.as_path(), &dirty, &over_previous).unwrap();
                 same(&over_start, &model.content);
                 same(&over_previous, &model.content);
                 prop_assert_eq!(report.tier, Tier::AnonymousPages);
@@ -221,14 +221,14 @@ proptest! {
                 // Nothing changes between two captures: nothing is written.
                 let again = capture(&model.source, dirty.into_buffer()).unwrap();
                 let third = path("again");
-                let report = write_image(&support, Some(&over_previous), &again, &third).unwrap();
+                let report = write_image(&support, over_previous.as_path(), &again, &third).unwrap();
                 prop_assert_eq!(report.bytes_written, 0);
                 prop_assert_eq!(report.bytes_unchanged, again.bytes());
                 same(&third, &model.content);
                 // All of it, for when the base is gone.
                 let all = capture_all(&model.source, again.into_buffer()).unwrap();
                 let full = path("full");
-                let report = write_image(&support, None, &all, &full).unwrap();
+                let report = write_image(&support, Base::Zeros, &all, &full).unwrap();
                 prop_assert_eq!(report.tier, Tier::Full);
                 same(&full, &model.content);
                 buffer = all.into_buffer();
@@ -251,7 +251,7 @@ proptest! {
         }
         let dirty = capture(&model.source, Buffer::new()).unwrap();
         let image = root.path().join("image.img");
-        let report = write_image(root.support(), None, &dirty, &image).unwrap();
+        let report = write_image(root.support(), Base::Zeros, &dirty, &image).unwrap();
         same(&image, &model.content);
         let used = model.content.chunks(PAGE).filter(|page| page.iter().any(|byte| *byte != 0)).count();
         prop_assert_eq!(report.bytes_written, (used * PAGE) as u64);
@@ -276,7 +276,7 @@ fn a_page_that_became_zero_is_a_hole_over_its_base() {
     }
     let dirty = capture(&model.source, Buffer::with_resident(PAGES * PAGE).unwrap()).unwrap();
     let image = root.path().join("image.img");
-    let report = write_image(root.support(), Some(&start), &dirty, &image).unwrap();
+    let report = write_image(root.support(), start.as_path(), &dirty, &image).unwrap();
     assert_eq!(
         (report.bytes_written, report.bytes_zero),
         (0, (PAGES * PAGE) as u64)
@@ -301,17 +301,17 @@ fn a_base_works_after_its_deletion_and_one_of_another_size_is_refused() {
     let image = root.path().join("image.img");
     let fd = std::os::fd::AsRawFd::as_raw_fd(&held);
     let base = format!("/proc/self/fd/{fd}");
-    let report = write_image(root.support(), Some(Path::new(&base)), &dirty, &image).unwrap();
+    let report = write_image(root.support(), Path::new(&base), &dirty, &image).unwrap();
     assert_eq!(report.bytes_written, PAGE as u64);
     same(&image, &model.content);
 
     let short = root.path().join("short.img");
     std::fs::write(&short, [1; PAGE]).unwrap();
     let refused = root.path().join("refused.img");
-    let error = write_image(root.support(), Some(&short), &dirty, &refused).unwrap_err();
+    let error = write_image(root.support(), short.as_path(), &dirty, &refused).unwrap_err();
     assert!(matches!(error, Error::Shape { .. }), "{error}");
     assert!(!refused.exists());
-    let error = write_image(root.support(), None, &dirty, &image).unwrap_err();
+    let error = write_image(root.support(), Base::Zeros, &dirty, &image).unwrap_err();
     assert!(
         error.to_string().contains("image.img"),
         "an image is never overwritten: {error}"

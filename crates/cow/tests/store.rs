@@ -398,7 +398,7 @@ async fn a_full_disk_is_said_and_leaves_no_draft() {
     };
     let dirty = memory::capture(&source, memory::Buffer::new()).unwrap();
     assert_eq!(dirty.bytes(), 639 << 20);
-    let error = draft.write_memory(None, &dirty).unwrap_err();
+    let error = draft.write_memory(memory::Base::Zeros, &dirty).unwrap_err();
     assert!(error.is_disk_full(), "{error}");
     assert!(error.to_string().contains("no space left"), "{error}");
     assert!(!draft.memory_image().exists());

@@ -5,9 +5,13 @@ use std::{
     io,
     ptr::NonNull,
     sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
 };
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::{
+    io::Errno,
+    mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap},
+};
 
 /// Buffers grow in steps of this many bytes, the size of a huge page on x86-64.
 const STEP: usize = 2 << 20;
@@ -22,51 +26,130 @@ pub struct Buffer {
     home: Weak<Pool>,
 }
 
-/// Address and length of anonymous memory.
-type Mapping = (NonNull<c_void>, usize);
+/// Anonymous memory.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<c_void>,
+    len: usize,
+    /// How many bytes from the start are known to have been present.
+    resident: usize,
+}
 
 /// Memory of buffers that were dropped, for the buffers to come.
-#[derive(Debug, Default)]
-pub(crate) struct Pool(Mutex<Vec<Mapping>>);
+#[derive(Debug)]
+pub(crate) struct Pool {
+    kept: Mutex<Vec<Kept>>,
+    /// Bytes that are kept at most.
+    limit: usize,
+}
+
+#[derive(Debug)]
+struct Kept {
+    map: Mapping,
+    since: Instant,
+}
 
 // SAFETY: each mapping is plain memory that nothing but the pool knows of.
 unsafe impl Send for Pool {}
 // SAFETY: they are only touched under the lock.
 unsafe impl Sync for Pool {}
 
-/// How many mappings a pool keeps, and how large each may be. Sandboxes that are idle have written
-/// some 10 MB; what a freeze of larger ones gains is not worth keeping more from everybody else.
-const KEPT: usize = 2;
-const KEPT_BYTES: usize = 64 << 20;
+/// A pool keeps at most this part of the machine's memory, within the limits below.
+const SHARE: u64 = 32;
+const LEAST: usize = 64 << 20;
+const MOST: usize = 512 << 20;
+/// How many mappings a pool keeps: there are no more freezes at a time that would be fast.
+const COUNT: usize = 4;
+/// What nobody has used for this long is given back, down to [`LEAST`].
+const IDLE: Duration = Duration::from_secs(60);
+
+impl Default for Pool {
+    fn default() -> Self {
+        let machine = usize::try_from(machine_memory() / SHARE).unwrap_or(MOST);
+        Self {
+            kept: Mutex::default(),
+            limit: machine.clamp(LEAST, MOST),
+        }
+    }
+}
+
+/// Bytes of memory that this machine has.
+fn machine_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit.max(1));
+    #[allow(
+        clippy::useless_conversion,
+        reason = "the type depends on the architecture"
+    )]
+    u64::from(info.totalram).saturating_mul(unit)
+}
 
 impl Pool {
-    /// A buffer whose memory comes from here and returns to here.
-    pub(crate) fn buffer(self: &Arc<Self>) -> Buffer {
-        let map = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    /// A buffer whose memory comes from here and returns to here: the smallest with `len` bytes, or
+    /// one without memory.
+    pub(crate) fn buffer(self: &Arc<Self>, len: usize) -> Buffer {
+        let mut kept = self.lock();
+        let fitting = (0..kept.len())
+            .filter(|index| kept[*index].map.len >= len)
+            .min_by_key(|index| kept[*index].map.len);
         Buffer {
-            map,
+            map: fitting.map(|index| kept.swap_remove(index).map),
             home: Arc::downgrade(self),
         }
     }
-}
 
-impl Drop for Pool {
-    fn drop(&mut self) {
-        for mapping in self
-            .0
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .drain(..)
-        {
-            unmap(mapping);
+    /// The buffer with the most memory.
+    pub(crate) fn largest(self: &Arc<Self>) -> Buffer {
+        let most = self.lock().iter().map(|kept| kept.map.len).max();
+        self.buffer(most.unwrap_or(0))
+    }
+
+    /// Gives back what has not been used for a while.
+    pub(crate) fn trim(&self, now: Instant) {
+        let mut kept = self.lock();
+        kept.sort_by_key(|kept| std::cmp::Reverse(kept.map.len));
+        let mut total: usize = kept.iter().map(|kept| kept.map.len).sum();
+        kept.retain(|kept| {
+            let idle = now.saturating_duration_since(kept.since) >= IDLE;
+            let goes = idle && total > LEAST;
+            if goes {
+                total -= kept.map.len;
+            }
+            !goes
+        });
+    }
+
+    /// Keeps a mapping if there is room; smaller ones and those that were used longer ago make room.
+    fn keep(&self, map: Mapping) {
+        if map.len > self.limit {
+            return;
         }
+        let mut kept = self.lock();
+        kept.push(Kept {
+            map,
+            since: Instant::now(),
+        });
+        while kept.len() > COUNT || kept.iter().map(|kept| kept.map.len).sum::<usize>() > self.limit
+        {
+            let oldest = (0..kept.len()).min_by_key(|index| kept[*index].since);
+            match oldest {
+                Some(index) => drop(kept.remove(index)),
+                None => break,
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn unmap((start, len): Mapping) {
-    // SAFETY: whoever calls this owns the mapping and forgets it; no slice of it outlives a borrow
-    // of the buffer that it belonged to.
-    let _ = unsafe { munmap(start.as_ptr(), len) };
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and no slice of it outlives a borrow of the
+        // buffer that held it.
+        let _ = unsafe { munmap(self.start.as_ptr(), self.len) };
+    }
 }
 
 // SAFETY: the mapping is owned by this value alone and is plain memory; no thread has a special
@@ -88,23 +171,58 @@ impl Buffer {
     /// If the kernel has no memory to give.
     pub fn with_resident(len: usize) -> io::Result<Self> {
         let mut buffer = Self::new();
-        for page in buffer.prepare(len)?.chunks_mut(4096) {
-            page[0] = 0;
-        }
+        buffer.make_resident(len)?;
         Ok(buffer)
     }
 
     /// How many bytes it holds without growing.
     #[must_use]
     pub fn capacity(&self) -> usize {
-        self.map.map_or(0, |(_, len)| len)
+        self.map.as_ref().map_or(0, |map| map.len)
+    }
+
+    /// How many bytes can be filled without waiting for the kernel to find and clear memory.
+    #[must_use]
+    pub fn resident(&self) -> usize {
+        self.map.as_ref().map_or(0, |map| map.resident)
+    }
+
+    /// Makes the first `len` bytes present in memory, where they are not. Blocking: 0.1 to 0.3 ms
+    /// for each MB, so before a freeze and not in it.
+    ///
+    /// # Errors
+    /// If the kernel has no memory to give.
+    pub fn make_resident(&mut self, len: usize) -> io::Result<()> {
+        self.prepare(len)?;
+        let Some(map) = self.map.as_mut().filter(|map| map.resident < len) else {
+            return Ok(());
+        };
+        // Whole huge pages.
+        let end = len.next_multiple_of(STEP).min(map.len);
+        let rest = map.start.as_ptr().wrapping_byte_add(map.resident);
+        // SAFETY: the range lies in the mapping; populating it changes no content.
+        let done = unsafe { madvise(rest, end - map.resident, Advice::LinuxPopulateWrite) };
+        match done {
+            // A kernel before 5.14. One write to each page does the same, with more faults.
+            Err(Errno::INVAL) => {
+                let first = map.resident;
+                for page in self.prepare(len)?[first..].chunks_mut(4096) {
+                    page[0] = 0;
+                }
+            }
+            outcome => outcome?,
+        }
+        if let Some(map) = &mut self.map {
+            map.resident = end;
+        }
+        Ok(())
     }
 
     /// At least `len` writable bytes; what they held before is not kept.
     pub(crate) fn prepare(&mut self, len: usize) -> io::Result<&mut [u8]> {
         if self.capacity() < len {
-            self.release();
-            let rounded = len.div_ceil(STEP) * STEP;
+            self.map = None;
+            let rounded = len.next_multiple_of(STEP);
             // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
             let start = unsafe {
                 mmap_anonymous(
@@ -118,47 +236,44 @@ impl Buffer {
             // A hint; without huge pages it merely takes more faults.
             // SAFETY: the range is the mapping just made.
             let _ = unsafe { madvise(start.as_ptr(), rounded, Advice::LinuxHugepage) };
-            self.map = Some((start, rounded));
+            self.map = Some(Mapping {
+                start,
+                len: rounded,
+                resident: 0,
+            });
         }
-        Ok(match self.map {
+        Ok(match &self.map {
             // SAFETY: the mapping is readable and writable for `capacity >= len` bytes, lives as
             // long as `self`, and is borrowed mutably for as long as the slice.
-            Some((start, _)) => unsafe {
-                std::slice::from_raw_parts_mut(start.as_ptr().cast(), len)
-            },
+            Some(map) => unsafe { std::slice::from_raw_parts_mut(map.start.as_ptr().cast(), len) },
             None => &mut [],
         })
     }
 
-    /// The first `len` bytes, at most the capacity.
-    pub(crate) fn bytes(&self, len: usize) -> &[u8] {
-        match self.map {
-            // SAFETY: as above, for a shared borrow.
-            Some((start, capacity)) => unsafe {
-                std::slice::from_raw_parts(start.as_ptr().cast(), len.min(capacity))
-            },
-            None => &[],
+    /// Says that the first `len` bytes have been written.
+    pub(crate) fn filled(&mut self, len: usize) {
+        if let Some(map) = &mut self.map {
+            map.resident = map.resident.max(len.min(map.len));
         }
     }
 
-    fn release(&mut self) {
-        if let Some(mapping) = self.map.take() {
-            unmap(mapping);
+    /// The first `len` bytes, at most the capacity.
+    pub(crate) fn bytes(&self, len: usize) -> &[u8] {
+        match &self.map {
+            // SAFETY: as above, for a shared borrow.
+            Some(map) => unsafe {
+                std::slice::from_raw_parts(map.start.as_ptr().cast(), len.min(map.len))
+            },
+            None => &[],
         }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.capacity() <= KEPT_BYTES
-            && let Some(pool) = self.home.upgrade()
-        {
-            let mut kept = pool.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if kept.len() < KEPT {
-                kept.extend(self.map.take());
-            }
+        if let (Some(map), Some(pool)) = (self.map.take(), self.home.upgrade()) {
+            pool.keep(map);
         }
-        self.release();
     }
 }
 
@@ -179,32 +294,92 @@ mod tests {
         assert_eq!(buffer.bytes(usize::MAX).len(), 2 * STEP);
     }
 
+    /// Bytes of the buffer that the kernel has given memory for.
+    fn present(buffer: &Buffer) -> usize {
+        let map = buffer.map.as_ref().unwrap();
+        let mut pages = vec![0_u8; map.len / 4096];
+        // SAFETY: the range is mapped, and the vector has a byte for each of its pages.
+        let done = unsafe { libc::mincore(map.start.as_ptr(), map.len, pages.as_mut_ptr()) };
+        assert_eq!(done, 0);
+        pages.iter().filter(|page| **page & 1 != 0).count() * 4096
+    }
+
+    #[test]
+    fn resident_memory_is_there_before_it_is_written() {
+        let mut buffer = Buffer::new();
+        buffer.prepare(9 * STEP).unwrap();
+        assert_eq!((buffer.resident(), present(&buffer)), (0, 0));
+        buffer.make_resident(STEP + 1).unwrap();
+        assert_eq!((buffer.resident(), present(&buffer)), (2 * STEP, 2 * STEP));
+        buffer.make_resident(10).unwrap();
+        assert_eq!(buffer.resident(), 2 * STEP);
+        buffer.prepare(1).unwrap()[0] = 7;
+        buffer.make_resident(4 * STEP).unwrap();
+        assert_eq!((buffer.resident(), present(&buffer)), (4 * STEP, 4 * STEP));
+        assert_eq!(buffer.bytes(1), [7], "what is there is not lost");
+        let other = Buffer::with_resident(12 * STEP).unwrap();
+        assert_eq!(present(&other), 12 * STEP);
+    }
+
+    fn lens(pool: &Pool) -> Vec<usize> {
+        let mut lens: Vec<_> = pool.lock().iter().map(|kept| kept.map.len).collect();
+        lens.sort_unstable();
+        lens
+    }
+
+    fn used(pool: &Arc<Pool>, len: usize) {
+        pool.buffer(len).prepare(len).unwrap();
+    }
+
     #[test]
     fn memory_returns_to_the_pool_it_came_from() {
         let pool = Arc::new(Pool::default());
-        let mut first = pool.buffer();
-        first.prepare(10).unwrap().fill(7);
+        let mut first = pool.buffer(10);
+        first.make_resident(10).unwrap();
         let address = first.bytes(10).as_ptr();
         drop(first);
-        let again = pool.buffer();
+        let again = pool.buffer(10);
         assert_eq!(
-            (again.capacity(), again.bytes(10).as_ptr()),
-            (STEP, address)
+            (again.capacity(), again.resident(), again.bytes(10).as_ptr()),
+            (STEP, STEP, address)
         );
-        let mut others = [(); KEPT + 1].map(|()| pool.buffer());
-        for buffer in &mut others {
-            assert_eq!(buffer.capacity(), 0);
-            buffer.prepare(1).unwrap();
-        }
-        others[0].prepare(KEPT_BYTES + 1).unwrap();
-        drop(others);
-        assert_eq!(
-            pool.0.lock().unwrap().len(),
-            KEPT,
-            "no more, and none that is too large"
-        );
-        assert!(pool.0.lock().unwrap().iter().all(|(_, len)| *len == STEP));
-        drop(pool);
         drop(again);
+        used(&pool, 3 * STEP);
+        assert_eq!(lens(&pool), [STEP, 3 * STEP]);
+        // The smallest that fits.
+        assert_eq!(pool.buffer(STEP + 1).capacity(), 3 * STEP);
+        assert_eq!(pool.buffer(STEP).capacity(), STEP);
+        assert_eq!(pool.buffer(4 * STEP).capacity(), 0);
+        assert_eq!(pool.largest().capacity(), 3 * STEP);
+        let last = pool.buffer(1);
+        drop(pool);
+        drop(last);
+    }
+
+    #[test]
+    fn a_pool_is_bounded_and_shrinks_when_idle() {
+        let pool = Arc::new(Pool {
+            limit: 2 * LEAST,
+            ..Pool::default()
+        });
+        used(&pool, 2 * LEAST + 1);
+        assert_eq!(lens(&pool), [0; 0], "too large to be kept");
+        let many = [(); COUNT + 2].map(|()| {
+            let mut buffer = pool.buffer(1);
+            buffer.prepare(1).unwrap();
+            buffer
+        });
+        drop(many);
+        assert_eq!(lens(&pool), [STEP; COUNT]);
+        used(&pool, 2 * LEAST - STEP);
+        assert_eq!(
+            lens(&pool),
+            [STEP, 2 * LEAST - STEP],
+            "older ones make room"
+        );
+        pool.trim(Instant::now());
+        assert_eq!(lens(&pool).len(), 2, "not idle yet");
+        pool.trim(Instant::now() + IDLE);
+        assert_eq!(lens(&pool), [STEP], "what is little is kept");
     }
 }

@@ -8,20 +8,33 @@
 //! Invariants:
 //! - An image is whole: it depends on no other file, whatever it was made from.
 //! - An image has the size of guest memory; pages of zeros are holes where that is possible.
-//! - The captured set is cumulative since the VM was started. It may be laid over the image that
-//!   the VM was started from, or over any image captured from the same VM since, and gives the
-//!   same memory.
+//! - The anonymous pages are cumulative since the VM was started. They may be laid over the image
+//!   that the VM was started from, or over any image captured from the same VM since, and give the
+//!   same memory. (Nothing may therefore discard pages of a VM, as a balloon would.)
+//! - What the kernel's soft-dirty bits add is only *when*: the pages written since the last capture,
+//!   which may be laid over the image of that capture and no other. A [`Tracker`] knows whether
+//!   there is such an image.
+//! - A freeze allocates nothing: how much there is to copy is estimated before
+//!   ([`Tracker::estimate`]), and the buffer for it is resident by then.
 
+mod base;
 mod buffer;
 mod capture;
 mod image;
 mod scan;
+mod soft_dirty;
+mod tier;
+mod tracker;
 
+pub use base::{Base, started_from};
 pub use buffer::Buffer;
 pub(crate) use buffer::Pool;
 pub use capture::{Dirty, capture, capture_all};
 pub use image::{is_zero, write_image};
 use serde::{Deserialize, Serialize};
+pub use soft_dirty::{Kernel, SoftDirtyBits, SoftDirtySupport, probe_soft_dirty};
+pub use tier::{Tier, TierChoice, UnknownTier};
+pub use tracker::{Estimate, Tracker};
 
 /// Where the memory of a VM is: a range of addresses in the process that runs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,20 +56,9 @@ pub struct Run {
     pub len: u64,
 }
 
-/// How the pages of a memory image were found.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Tier {
-    /// Everything was copied.
-    #[default]
-    Full,
-    /// The private anonymous pages of the mapping; where there was a base image, compared with it.
-    AnonymousPages,
-}
-
 /// What a memory image took to make.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct MemoryReport {
     /// How the pages were found.
     pub tier: Tier,
@@ -74,6 +76,8 @@ pub struct MemoryReport {
     pub scan_us: u64,
     /// Time to copy the pages, in microseconds; part of the freeze.
     pub copy_us: u64,
+    /// Time to clear the soft-dirty bits for the next capture, in microseconds; part of the freeze.
+    pub arm_us: u64,
     /// Time to write the image, in microseconds; outside the freeze.
     pub write_us: u64,
 }

@@ -126,7 +126,7 @@ fn by_entries(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
     Ok(runs)
 }
 
-fn push(runs: &mut Vec<Run>, offset: u64, len: u64) {
+pub(super) fn push(runs: &mut Vec<Run>, offset: u64, len: u64) {
     match runs.last_mut() {
         Some(last) if last.offset + last.len == offset => last.len += len,
         _ => runs.push(Run { offset, len }),

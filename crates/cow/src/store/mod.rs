@@ -14,7 +14,7 @@ use std::{
         Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cubicle_ids::{SandboxId, SnapshotId};
@@ -151,7 +151,10 @@ impl Store {
         };
         let tasks = [
             tokio::spawn(record(Arc::downgrade(&store.inner), outcomes)),
-            tokio::spawn(keep_headroom(root.clone())),
+            tokio::spawn(keep_headroom(
+                root.clone(),
+                Arc::downgrade(&store.inner.buffers),
+            )),
         ];
         store
             .inner
@@ -182,11 +185,25 @@ impl Store {
         self.inner.root.info()
     }
 
-    /// A buffer for [`memory::capture`], whose memory was used before if possible: a freeze does
-    /// not wait for pages to be zeroed then. Drop it, or what was captured in it, to give it back.
+    /// A buffer for [`memory::capture`], whose memory was used before if possible. Drop
+    /// it, or what was captured in it, to give it back.
     #[must_use]
     pub fn buffer(&self) -> memory::Buffer {
-        self.inner.buffers.buffer()
+        self.inner.buffers.largest()
+    }
+
+    /// A buffer whose first `len` bytes (see [`memory::Estimate::room`]) are present in memory, so
+    /// that a freeze does not wait for the kernel to find and clear it. Drop the buffer, or what was
+    /// captured in it, to give it back. Blocking: up to 0.3 ms for each MB, so before the freeze.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] if the machine has none to give.
+    pub fn resident_buffer(&self, len: u64) -> Result<memory::Buffer> {
+        let failed = |source| Error::NoMemory { bytes: len, source };
+        let size = usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+        let mut buffer = self.inner.buffers.buffer(size);
+        buffer.make_resident(size).map_err(failed)?;
+        Ok(buffer)
     }
 
     /// Stops background work and closes the catalog. What is not durable by then is made so after
@@ -327,11 +344,14 @@ async fn record(store: Weak<Inner>, mut outcomes: mpsc::UnboundedReceiver<Flushe
     }
 }
 
-async fn keep_headroom(root: StoreRoot) {
+async fn keep_headroom(root: StoreRoot, buffers: Weak<memory::Pool>) {
     let mut interval = tokio::time::interval(HEADROOM_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
+        if let Some(buffers) = buffers.upgrade() {
+            buffers.trim(Instant::now());
+        }
         let root = root.clone();
         match tokio::task::spawn_blocking(move || root.keep_headroom()).await {
             Ok(Err(error)) => tracing::error!(%error, "cannot grow the store"),

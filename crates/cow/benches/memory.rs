@@ -1,0 +1,230 @@
+//! How long it takes to capture the memory of a process that stands for a VM, and to write it as an
+//! image: for 10 to 200 MB written, in runs and in single pages. Prints medians; run as root with
+//! `cargo bench -p cubicle-cow --bench memory`.
+#![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
+
+use std::{
+    fs::File,
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use cubicle_cow::{
+    BackingConfig, Store, backing,
+    memory::{Base, Buffer, Source, TierChoice, Tracker, probe_soft_dirty, write_image},
+};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+const GUEST: usize = 512 << 20;
+/// Data in the base image, in bytes, from its beginning.
+const BASE: usize = 160 << 20;
+const ROUNDS: usize = 9;
+const IMAGE: &str = "CUBICLE_COW_BENCH_IMAGE";
+
+/// How the written pages lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Pattern {
+    /// Runs of 64 KiB.
+    Runs,
+    /// Single pages, three clean ones between them.
+    Pages,
+}
+
+fn main() {
+    if let Ok(image) = std::env::var(IMAGE) {
+        return play_vm(Path::new(&image));
+    }
+    let dir = tempfile::Builder::new()
+        .prefix("cubicle-cow-bench-")
+        .tempdir_in("/tmp")
+        .unwrap();
+    let config = BackingConfig {
+        initial_size: 8 << 30,
+        ..BackingConfig::default()
+    };
+    let root = backing::prepare(dir.path(), &config).unwrap();
+    println!("{:?}", root.info().unwrap().kind);
+    println!("soft-dirty bits: {:?}", probe_soft_dirty());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (store, _) = runtime.block_on(Store::open(&root)).unwrap();
+    residency();
+    for pattern in [Pattern::Runs, Pattern::Pages] {
+        for megabytes in [0, 10, 50, 100, 200] {
+            if pattern == Pattern::Runs || megabytes <= 100 {
+                captures(&store, megabytes, pattern);
+            }
+        }
+    }
+    runtime.block_on(store.close());
+    drop(runtime);
+    println!("{:?}", root.close().unwrap());
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut bytes = vec![0; len];
+    for word in bytes.chunks_exact_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+    bytes
+}
+
+/// The other process: maps the image and writes what it is told, `megabytes pattern seed`.
+fn play_vm(image: &Path) {
+    let file = File::open(image).unwrap();
+    // SAFETY: a fresh private mapping that lives until the process ends.
+    let memory = unsafe {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let hint = std::ptr::null_mut();
+        let start = mmap(hint, GUEST, protection, MapFlags::PRIVATE, &file, 0).unwrap();
+        std::slice::from_raw_parts_mut(start.cast::<u8>(), GUEST)
+    };
+    println!("{}", memory.as_ptr() as usize);
+    for line in std::io::stdin().lines() {
+        let numbers: Vec<usize> = line
+            .unwrap()
+            .split(' ')
+            .map(|word| word.parse().unwrap())
+            .collect();
+        let (run, stride) = [(64 << 10, 160 << 10), (4 << 10, 16 << 10)][numbers[1]];
+        let content = noise(run, numbers[2] as u64);
+        let count = (numbers[0] << 20) / run;
+        for index in 0..count {
+            let at = index * stride % (GUEST - run);
+            memory[at..at + run].copy_from_slice(&content);
+        }
+        println!("done");
+    }
+}
+
+struct Vm {
+    child: Child,
+    output: BufReader<std::process::ChildStdout>,
+    source: Source,
+}
+
+impl Vm {
+    fn start(image: &Path) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .env(IMAGE, image)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        let source = Source {
+            pid: child.id(),
+            address: line.trim().parse().unwrap(),
+            len: GUEST as u64,
+        };
+        Self {
+            child,
+            output,
+            source,
+        }
+    }
+
+    fn write(&mut self, megabytes: usize, pattern: Pattern, seed: usize) {
+        let input = self.child.stdin.as_mut().unwrap();
+        writeln!(input, "{megabytes} {} {seed}", pattern as u8).unwrap();
+        self.output.read_line(&mut String::new()).unwrap();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn residency() {
+    for megabytes in [10, 100] {
+        let times = (0..ROUNDS).map(|_| {
+            let started = Instant::now();
+            drop(Buffer::with_resident(megabytes << 20).unwrap());
+            started.elapsed()
+        });
+        let time = ms(median(times.collect()));
+        println!(
+            "make {megabytes:>3} MB resident {time:>7.2} ms ({:.3} ms/MB)",
+            time / megabytes as f64
+        );
+    }
+}
+
+fn captures(store: &Store, megabytes: usize, pattern: Pattern) {
+    let base: PathBuf = store.root().path().join("base.img");
+    let _ = std::fs::remove_file(&base);
+    let file = File::create(&base).unwrap();
+    file.set_len(GUEST as u64).unwrap();
+    file.write_all_at(&noise(BASE, 5), 0).unwrap();
+    file.sync_all().unwrap();
+    let image = store.root().path().join("image.img");
+    let again = store.root().path().join("again.img");
+    let [mut estimate, mut warm, mut cold] = [(); 3].map(|()| Vec::new());
+    let [mut write, mut second, mut nothing] = [(); 3].map(|()| Vec::new());
+    let mut written = (0, 0, 0);
+    for round in 0..ROUNDS {
+        let mut vm = Vm::start(&base);
+        vm.write(megabytes, pattern, round + 1);
+        let mut tracker = Tracker::new(TierChoice::AnonymousPages).unwrap();
+        let started = Instant::now();
+        drop(tracker.capture(&vm.source, Buffer::new()).unwrap());
+        cold.push(started.elapsed());
+        let started = Instant::now();
+        let room = tracker.estimate(&vm.source).unwrap().room();
+        estimate.push(started.elapsed());
+        let buffer = store.resident_buffer(room).unwrap();
+        let started = Instant::now();
+        let dirty = tracker.capture(&vm.source, buffer).unwrap();
+        warm.push(started.elapsed());
+        for path in [&image, &again] {
+            let _ = std::fs::remove_file(path);
+        }
+        let report = write_image(store.support(), base.as_path(), &dirty, &image).unwrap();
+        write.push(Duration::from_micros(report.write_us));
+        written.0 = report.bytes_written;
+        // An idle VM's second snapshot.
+        let report = write_image(store.support(), image.as_path(), &dirty, &again).unwrap();
+        second.push(Duration::from_micros(report.write_us));
+        written.1 = report.bytes_written;
+        std::fs::remove_file(&again).unwrap();
+        let report = write_image(store.support(), Base::Zeros, &dirty, &again).unwrap();
+        nothing.push(Duration::from_micros(report.write_us));
+        written.2 = report.bytes_written;
+    }
+    let warm = median(warm);
+    println!(
+        "{megabytes:>3} MB in {pattern:?}: estimate {:.2} ms; freeze {:.2} ms ({:.3} ms/MB), by a buffer that \
+         is not resident {:.2}; write {:.1} ms ({} KB), of an idle VM over the last image {:.1} ({} KB), \
+         without a base {:.1} ({} KB)",
+        ms(median(estimate)),
+        ms(warm),
+        ms(warm) / megabytes.max(1) as f64,
+        ms(median(cold)),
+        ms(median(write)),
+        written.0 >> 10,
+        ms(median(second)),
+        written.1 >> 10,
+        ms(median(nothing)),
+        written.2 >> 10,
+    );
+}
