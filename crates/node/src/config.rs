@@ -14,6 +14,8 @@ pub struct NodeConfig {
     pub run_dir: PathBuf,
     /// How much may be on the node at once.
     pub limits: NodeLimits,
+    /// How many VMs wait for sandboxes to come; none unless it is said.
+    pub spares: SparePolicy,
     /// How long things may take.
     pub deadlines: Deadlines,
     /// What guests are told about the outside.
@@ -30,6 +32,7 @@ impl NodeConfig {
             data_dir: data_dir.into(),
             run_dir: run_dir.into(),
             limits: NodeLimits::for_host()?,
+            spares: SparePolicy::NONE,
             deadlines: Deadlines::default(),
             guest: GuestDefaults::default(),
         })
@@ -65,6 +68,33 @@ impl NodeLimits {
             memory_budget_mib: total * Self::OVERCOMMIT,
             memory_reserve_mib: (total / 20).clamp(256, 4096),
         })
+    }
+}
+
+/// How many VMs wait, restored, for sandboxes to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SparePolicy {
+    /// Most spares of all snapshots together; 0 makes none. An idle one takes some 25 MB.
+    pub max: usize,
+    /// How long after the last create from a snapshot its last spare is kept.
+    pub idle: Duration,
+}
+
+impl SparePolicy {
+    /// No spares.
+    pub const NONE: Self = Self {
+        max: 0,
+        idle: Duration::ZERO,
+    };
+
+    /// Two for each of the host's CPUs: more are not made faster than they are claimed.
+    #[must_use]
+    pub fn for_host() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            max: 2 * cpus,
+            idle: Duration::from_secs(600),
+        }
     }
 }
 

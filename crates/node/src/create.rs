@@ -17,7 +17,7 @@ use crate::{
     journal::{self, Key},
     link::Identity,
     node::Inner,
-    restore::{Restore, restore},
+    restore::{Restore, claim_or_restore},
     sandbox::{Made, Sandbox, check_stop, own_new},
 };
 
@@ -81,6 +81,7 @@ async fn make(
     held: &mut Holdings,
     stop: &CancellationToken,
 ) -> Made {
+    let _creating = node.spares.create_begins();
     let generation = held.key.generation;
     let order = Restore {
         serves: Some((sandbox.id(), generation)),
@@ -91,13 +92,17 @@ async fn make(
         kernel: order.kernel,
         started_at: sandbox.started_at(),
     };
-    let restored = restore(node, order, held, stop).await?;
+    let restored = claim_or_restore(node, order, held, stop).await?;
     let mut timings = restored.timings;
 
     check_stop(sandbox.id(), stop)?;
     let committing = Instant::now();
     node.failpoints.pass("create/commit").await?;
-    node.journal.running(&held.key, journal::now()).await?;
+    let serves = (sandbox.id(), generation);
+    let told = &restored.live.identity;
+    node.journal
+        .running(&held.key, serves, told, journal::now())
+        .await?;
     timings.journal += committing.elapsed();
     timings.total = begun.elapsed();
     tracing::info!(sandbox = %sandbox.id(), snapshot = %snapshot.id(), %timings, "created");
@@ -106,7 +111,7 @@ async fn make(
         shape: sandbox.shape(),
         timings,
     };
-    Ok((restored.live, restored.origin, created))
+    Ok((Arc::new(restored.live), restored.origin, created))
 }
 
 /// What the guest of a sandbox's VM is told.

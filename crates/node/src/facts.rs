@@ -293,6 +293,17 @@ pub struct Capacity {
     pub memory_budget_mib: u64,
     /// Network slots.
     pub slots: SlotCounts,
+    /// VMs that wait for sandboxes.
+    pub spares: SpareCounts,
+}
+
+/// How many VMs wait for sandboxes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SpareCounts {
+    /// Ready to be claimed.
+    pub ready: usize,
+    /// Most that there may be.
+    pub max: usize,
 }
 
 /// How many network slots there are.

@@ -39,6 +39,7 @@ mod rollback;
 mod sandbox;
 mod slots;
 mod snapshot;
+mod spares;
 mod strays;
 mod template;
 #[cfg(test)]
@@ -46,12 +47,12 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Deadlines, GuestDefaults, NodeConfig, NodeLimits};
+pub use config::{Deadlines, GuestDefaults, NodeConfig, NodeLimits, SparePolicy};
 pub use error::{Error, Result};
 pub use facts::{
     AdoptionReport, BootFiles, Capacity, CreateSandbox, Created, KillOutcome, NodeEvent,
-    PhaseTimings, SandboxFact, SandboxMetrics, SandboxState, Shape, SlotCounts, TakeSnapshot,
-    Taken,
+    PhaseTimings, SandboxFact, SandboxMetrics, SandboxState, Shape, SlotCounts, SpareCounts,
+    TakeSnapshot, Taken,
 };
 #[cfg(any(test, feature = "failpoints"))]
 pub use failpoint::{FailPoints, Failure};

@@ -35,6 +35,7 @@ use crate::{
     restore,
     sandbox::Operation,
     slots::Slots,
+    spares::{self, Spares},
     template::{self, BuiltTemplate, TemplateBuild},
 };
 
@@ -58,6 +59,7 @@ pub(crate) struct Inner {
     pub(crate) slots: Slots,
     pub(crate) journal: Journal,
     pub(crate) registry: Registry,
+    pub(crate) spares: Spares,
     pub(crate) events: broadcast::Sender<NodeEvent>,
     /// Everything that runs on behalf of a sandbox or a build.
     pub(crate) tasks: TaskTracker,
@@ -96,6 +98,7 @@ impl Node {
         let journal = Journal::open(&config.data_dir.join(JOURNAL)).await?;
         let inner = Arc::new(Inner {
             registry: Registry::new(config.limits),
+            spares: Spares::new(config.spares),
             config,
             hypervisor,
             store,
@@ -109,6 +112,7 @@ impl Node {
             _lock: lock,
         });
         let report = adopt::adopt(&inner).await?;
+        inner.tasks.spawn(spares::keep_making(inner.clone()));
         Ok((Self { inner }, report))
     }
 
@@ -292,6 +296,7 @@ impl Node {
             memory_promised_mib: promised.memory_mib,
             memory_budget_mib: registry.limits().memory_budget_mib,
             slots: self.inner.slots.counts(),
+            spares: self.inner.spares.counts(),
         }
     }
 
@@ -303,6 +308,15 @@ impl Node {
             .store
             .snapshot(id)
             .is_ok_and(|snapshot| restore::check_machine(&self.inner, &snapshot).is_ok())
+    }
+
+    /// Deletes a snapshot, whoever descends from it. Sandboxes made from it run on.
+    ///
+    /// # Errors
+    /// [`cubicle_cow::Error::NotFound`]; or if the store cannot be changed.
+    pub async fn delete_snapshot(&self, id: &SnapshotId) -> Result<()> {
+        self.inner.spares.forget(id);
+        Ok(self.inner.store.delete(id).await?)
     }
 
     /// The store of snapshots and volumes.

@@ -40,10 +40,90 @@ pub(crate) struct Restore<'a> {
 
 /// A VM that has answered and knows who it is.
 pub(crate) struct Restored {
-    pub(crate) live: Arc<Live>,
+    pub(crate) live: Live,
     pub(crate) origin: Origin,
     /// `total` is left to the caller.
     pub(crate) timings: PhaseTimings,
+}
+
+/// Claims a spare of the snapshot if there is one, which becomes what `held` is; restores the
+/// snapshot otherwise.
+pub(crate) async fn claim_or_restore(
+    node: &Arc<Inner>,
+    order: Restore<'_>,
+    held: &mut Holdings,
+    stop: &CancellationToken,
+) -> Result<Restored> {
+    let begun = Instant::now();
+    // A spare has the bounds and the beginnings that most have.
+    if order.limits.is_none()
+        && let Some(spare) = node.spares.claim(order.snapshot).await
+    {
+        let claim = begun.elapsed();
+        // In place of what would have been taken under the order's own name.
+        let unused = std::mem::replace(held, spare.held);
+        match adapt(node, &order, spare.restored, held, stop).await {
+            Ok(mut restored) => {
+                restored.timings.claim = claim;
+                return Ok(restored);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a spare could not be used");
+                std::mem::replace(held, unused).release_later(node);
+                check_stop(&held.key.sandbox, stop)?;
+            }
+        }
+    }
+    restore(node, order, held, stop).await
+}
+
+/// Makes a spare what was ordered: opens its network and tells its guest who it is now.
+async fn adapt(
+    node: &Inner,
+    order: &Restore<'_>,
+    spare: Restored,
+    held: &mut Holdings,
+    stop: &CancellationToken,
+) -> Result<Restored> {
+    let Restored { live, origin, .. } = spare;
+    let (id, generation) = order
+        .serves
+        .unwrap_or((&held.key.sandbox, held.key.generation));
+    let mut timings = PhaseTimings::default();
+    let begun = Instant::now();
+    node.failpoints.pass("create/egress").await?;
+    if let Some(slot) = &held.slot {
+        let egress = order.egress.clone();
+        let egress = egress.unwrap_or_else(EgressPolicy::allow_all);
+        slot.set_egress(&egress).await?;
+    }
+    timings.slot = begun.elapsed();
+
+    // A life of its own, of which nothing was ever anybody else's.
+    live.link.close();
+    let nonce = live.identity.nonce.clone();
+    let identity = Identity {
+        init: order.identity.init.clone(),
+        restored: nonce.map(|nonce| (live.snapshot.clone(), nonce)),
+    };
+    node.failpoints.pass("create/channel").await?;
+    let patience = node.config.deadlines.answer;
+    let opened = Link::open(live.vm.clone(), id, identity, patience);
+    let (link, _answer, life) = unless_stopped(id, stop, opened).await?;
+    timings.channel = life.channel;
+    timings.init = life.init;
+    Ok(Restored {
+        live: Live {
+            generation,
+            link,
+            identity: order.identity.init.clone(),
+            snapshot: live.snapshot,
+            vm: live.vm,
+            disks: live.disks,
+        },
+        origin,
+        timings,
+    })
 }
 
 /// Restores a snapshot. All that is taken goes into `held` at once, where it stays when this fails.
@@ -151,7 +231,7 @@ pub(crate) async fn restore(
     timings.init = life.init;
     node.failpoints.pass("create/init").await?;
     Ok(Restored {
-        live: Arc::new(Live {
+        live: Live {
             generation: order
                 .serves
                 .map_or(key.generation, |(_, generation)| generation),
@@ -160,7 +240,7 @@ pub(crate) async fn restore(
             link,
             disks,
             identity: order.identity.init,
-        }),
+        },
         origin: Origin {
             manifest: order.snapshot.manifest().clone(),
             base,

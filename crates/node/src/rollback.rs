@@ -14,7 +14,7 @@ use crate::{
     holdings::Holdings,
     journal::{self, Key},
     node::Inner,
-    restore::{Restore, restore},
+    restore::{Restore, claim_or_restore},
     sandbox::{Running, Sandbox, check_stop, contained},
 };
 
@@ -27,6 +27,7 @@ pub(crate) async fn rollback(
 ) -> Result<Created> {
     let begun = Instant::now();
     node.failpoints.pass("rollback/begin").await?;
+    let _creating = node.spares.create_begins();
     let snapshot = node.store.snapshot(&order.snapshot)?;
     let generation = running.next_generation;
     running.next_generation += 1;
@@ -44,10 +45,14 @@ pub(crate) async fn rollback(
         started_at: journal::now(),
     };
     let switched = async {
-        let restored = restore(node, restoring, &mut held, sandbox.stopping()).await?;
+        let restored = claim_or_restore(node, restoring, &mut held, sandbox.stopping()).await?;
         check_stop(sandbox.id(), sandbox.stopping())?;
         node.failpoints.pass("rollback/switch").await?;
-        node.journal.supersede(&running.held.key, &held.key).await?;
+        let serves = (sandbox.id(), generation);
+        let told = &restored.live.identity;
+        node.journal
+            .supersede(&running.held.key, &held.key, serves, told)
+            .await?;
         Ok(restored)
     };
     let restored = match contained(sandbox.id(), switched).await {
@@ -59,8 +64,9 @@ pub(crate) async fn rollback(
             return Err(error);
         }
     };
-    sandbox.set_running(&restored.live);
-    let old = std::mem::replace(running, Running::new(restored.live, restored.origin, held));
+    let live = Arc::new(restored.live);
+    sandbox.set_running(&live);
+    let old = std::mem::replace(running, Running::new(live, restored.origin, held));
     // Whoever still talks to it is told at once.
     old.live.link.close();
     old.held.release_later(node);

@@ -65,6 +65,23 @@ impl TestHypervisor {
             .count()
     }
 
+    /// What the guest was told last that is `id` now.
+    pub(crate) fn told(&self, id: &SandboxId) -> InitRequest {
+        let vms = self.vms.lock().unwrap();
+        let mut told = vms.values().filter_map(|vm| vm.told());
+        told.find(|told| told.sandbox_id.as_ref() == Some(id))
+            .unwrap()
+    }
+
+    /// Every guest powers off but the one that is `id` now.
+    pub(crate) fn power_off_all_but(&self, id: &SandboxId) {
+        for vm in self.vms.lock().unwrap().values() {
+            if vm.told().and_then(|told| told.sandbox_id).as_ref() != Some(id) {
+                vm.power_off();
+            }
+        }
+    }
+
     pub(crate) fn vm(&self, id: &SandboxId) -> Arc<TestVm> {
         self.find(id).unwrap()
     }
@@ -171,6 +188,10 @@ impl TestVm {
             immortal: Arc::default(),
             pages: std::sync::OnceLock::new(),
         }
+    }
+
+    fn told(&self) -> Option<InitRequest> {
+        self.guest.inits.lock().unwrap().last().cloned()
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -296,6 +317,8 @@ pub(crate) struct Behaviour {
     pub(crate) oblivious: AtomicBool,
     /// `/init` is refused.
     pub(crate) refuse_init: AtomicBool,
+    /// So many of the next are.
+    pub(crate) refuse_inits: AtomicU32,
 }
 
 /// The guest daemon.
@@ -405,7 +428,8 @@ impl Guest {
             (Method::POST, "/init") => {
                 let body = request.into_body().collect().await.unwrap().to_bytes();
                 let init: InitRequest = serde_json::from_slice(&body).unwrap();
-                if self.behaviour.refuse_init.load(SeqCst) {
+                if self.behaviour.refuse_init.load(SeqCst) || take_one(&self.behaviour.refuse_inits)
+                {
                     *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
                     *response.body_mut() = full_body("the random number generator is gone");
                     return Ok(response);

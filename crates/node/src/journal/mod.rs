@@ -163,24 +163,27 @@ impl Journal {
         .await
     }
 
-    /// Records that the instance is handed out.
-    pub(crate) async fn running(&self, key: &Key, at: OffsetDateTime) -> Result<()> {
-        self.update(
-            "record a running sandbox",
-            sqlx::query(
-                "UPDATE instance SET step = 'running', running_at = ? \
-                 WHERE sandbox = ? AND generation = ?",
-            )
-            .bind(millis(at))
-            .bind(key.sandbox.as_str().to_owned())
-            .bind(signed(key.generation)),
-        )
-        .await
+    /// Records that the instance is handed out, as which sandbox's VM, and what its guest was told.
+    pub(crate) async fn running(
+        &self,
+        key: &Key,
+        serves: (&SandboxId, u64),
+        told: &InitRequest,
+        at: OffsetDateTime,
+    ) -> Result<()> {
+        self.update("record a running sandbox", run(key, serves, told, at))
+            .await
     }
 
     /// Records that the instance is handed out and that the one before it is not to be used any
     /// more: both or neither.
-    pub(crate) async fn supersede(&self, old: &Key, new: &Key) -> Result<()> {
+    pub(crate) async fn supersede(
+        &self,
+        old: &Key,
+        new: &Key,
+        serves: (&SandboxId, u64),
+        told: &InitRequest,
+    ) -> Result<()> {
         let attempt = "record a change of VMs";
         let mut transaction = self.pool.begin().await.map_err(attempting(attempt))?;
         sqlx::query("UPDATE instance SET step = 'removing' WHERE sandbox = ? AND generation = ?")
@@ -189,48 +192,15 @@ impl Journal {
             .execute(&mut *transaction)
             .await
             .map_err(attempting(attempt))?;
-        let done = sqlx::query(
-            "UPDATE instance SET step = 'running', running_at = ? \
-             WHERE sandbox = ? AND generation = ?",
-        )
-        .bind(millis(now()))
-        .bind(new.sandbox.as_str())
-        .bind(signed(new.generation))
-        .execute(&mut *transaction)
-        .await
-        .map_err(attempting(attempt))?;
+        let done = run(new, serves, told, now())
+            .execute(&mut *transaction)
+            .await
+            .map_err(attempting(attempt))?;
         if done.rows_affected() != 1 {
             let source = sqlx::Error::RowNotFound;
             return Err(Error::Journal { attempt, source });
         }
         transaction.commit().await.map_err(attempting(attempt))
-    }
-
-    /// Records that a spare is a sandbox's VM from now on, what its guest is told, and that it is
-    /// handed out.
-    pub(crate) async fn claimed(
-        &self,
-        key: &Key,
-        (id, generation): (&SandboxId, u64),
-        identity: &InitRequest,
-        at: OffsetDateTime,
-    ) -> Result<()> {
-        self.update(
-            "record the claim of a spare",
-            sqlx::query(
-                "UPDATE instance SET step = 'running', running_at = ?, serves = ?, \
-                 serves_generation = ?, identity = ?, created_at = ? \
-                 WHERE sandbox = ? AND generation = ?",
-            )
-            .bind(millis(at))
-            .bind(id.as_str().to_owned())
-            .bind(signed(generation))
-            .bind(json(identity))
-            .bind(millis(at))
-            .bind(key.sandbox.as_str().to_owned())
-            .bind(signed(key.generation)),
-        )
-        .await
     }
 
     /// Records which snapshot the instance was last captured as.
@@ -344,6 +314,25 @@ impl Journal {
             })
         }
     }
+}
+
+/// Makes an instance a sandbox's running VM.
+fn run(
+    key: &Key,
+    (id, generation): (&SandboxId, u64),
+    told: &InitRequest,
+    at: OffsetDateTime,
+) -> sqlx::query::Query<'static, sqlx::Sqlite, sqlx::sqlite::SqliteArguments> {
+    sqlx::query(
+        "UPDATE instance SET step = 'running', running_at = ?, serves = ?, serves_generation = ?, \
+         identity = ? WHERE sandbox = ? AND generation = ?",
+    )
+    .bind(millis(at))
+    .bind(id.as_str().to_owned())
+    .bind(signed(generation))
+    .bind(json(told))
+    .bind(key.sandbox.as_str().to_owned())
+    .bind(signed(key.generation))
 }
 
 /// The wall clock, as exact as the journal keeps it.

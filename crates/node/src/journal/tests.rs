@@ -10,7 +10,7 @@ fn row(sandbox: &SandboxId, generation: u64) -> Row {
             sandbox: sandbox.clone(),
             generation,
         },
-        serves: Some((sandbox.clone(), 2)),
+        serves: Some((sandbox.clone(), generation)),
         origin: None,
         snapshot: SnapshotId::generate(),
         step: Step::Creating,
@@ -78,7 +78,11 @@ async fn a_row_survives_reopening_at_every_step() {
     assert_eq!(rows(&journal).await, [want.clone()]);
 
     let at = OffsetDateTime::from_unix_timestamp(1_700_000_001).unwrap();
-    journal.running(&want.key, at).await.unwrap();
+    let serves = (&want.key.sandbox, want.key.generation);
+    journal
+        .running(&want.key, serves, &want.identity, at)
+        .await
+        .unwrap();
     (want.step, want.running_at) = (Step::Running, Some(at));
     assert_eq!(rows(&journal).await, [want.clone()]);
 
@@ -117,7 +121,12 @@ async fn two_generations_of_one_sandbox_live_side_by_side_but_not_twice() {
     };
     assert!(
         journal
-            .running(&gone, OffsetDateTime::now_utc())
+            .running(
+                &gone,
+                (&gone.sandbox, 1),
+                &InitRequest::default(),
+                OffsetDateTime::now_utc()
+            )
             .await
             .is_err(),
         "no row, no success"

@@ -18,6 +18,7 @@ use crate::{
 mod mixed;
 mod restart;
 mod snapshots;
+mod spares;
 
 /// Every step of a create, in the order of their beginnings.
 const CREATE_STEPS: [&str; 8] = [
