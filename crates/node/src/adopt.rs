@@ -17,9 +17,9 @@ use crate::{
     holdings::Holdings,
     journal::{Key, Row, Step},
     link::{Identity, Link},
+    memory::Memory,
     node::{Inner, blocking},
     sandbox::{Live, Origin, Running, Sandbox, own_adopted},
-    snapshot::Base,
     strays,
 };
 
@@ -166,7 +166,7 @@ async fn take_over(
     };
     let patience = node.config.deadlines.answer;
     let (link, ..) = Link::open(vm.clone(), id, identity, patience).await?;
-    let origin = find_origin(node, row)?;
+    let origin = find_origin(node, row, id, vm.as_ref())?;
     let disks = disks_of(node, row, &origin.manifest);
     let live = Live {
         generation,
@@ -180,21 +180,16 @@ async fn take_over(
 }
 
 /// What the next snapshot of an adopted VM descends from.
-fn find_origin(node: &Inner, row: &Row) -> Result<Origin> {
+fn find_origin(node: &Inner, row: &Row, id: &SandboxId, vm: &dyn Vm) -> Result<Origin> {
     let manifest = match &row.origin {
         Some(manifest) => manifest.clone(),
         // A row of an older version of this program.
         None => node.store.snapshot(&row.snapshot)?.manifest().clone(),
     };
-    // An image that the VM was captured as since, or the one that it was started from: either will
-    // do. With neither, its next snapshot is a whole one.
-    let base = [&manifest.id, &row.snapshot]
-        .into_iter()
-        .find_map(|id| Base::open(&node.store.snapshot(id).ok()?.memory_image()).ok());
-    Ok(Origin {
-        manifest,
-        base: base.unwrap_or(Base::Lost),
-    })
+    let captured = node.store.snapshot(&manifest.id).ok();
+    let captured = captured.map(|snapshot| snapshot.memory_image());
+    let memory = Memory::adopted(node.config.memory_tier, id, vm, captured.as_deref())?;
+    Ok(Origin { manifest, memory })
 }
 
 /// The disks that a VM was given at its start.

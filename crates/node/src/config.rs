@@ -2,6 +2,8 @@
 
 use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
 
+use cubicle_cow::memory::TierChoice;
+
 use crate::error::{Error, Result};
 
 /// What a node needs to know before it opens.
@@ -16,6 +18,8 @@ pub struct NodeConfig {
     pub limits: NodeLimits,
     /// How many VMs wait for sandboxes to come; none unless it is said.
     pub spares: SparePolicy,
+    /// How the memory that a VM has written is found.
+    pub memory_tier: TierChoice,
     /// How long things may take.
     pub deadlines: Deadlines,
     /// What guests are told about the outside.
@@ -33,6 +37,7 @@ impl NodeConfig {
             run_dir: run_dir.into(),
             limits: NodeLimits::for_host()?,
             spares: SparePolicy::NONE,
+            memory_tier: TierChoice::default(),
             deadlines: Deadlines::default(),
             guest: GuestDefaults::default(),
         })

@@ -15,27 +15,17 @@ use std::{
 
 use cubicle_cow::{
     DiskShape, Draft, Manifest, Snapshot,
-    memory::{Dirty, MemoryReport, Source, capture, capture_all},
+    memory::{Buffer, Dirty, MemoryReport, Source},
 };
 use cubicle_ids::SandboxId;
-use cubicle_vmm::{Disk, GuestMemory, Vm};
+use cubicle_vmm::{Disk, Vm};
 
 use crate::{
     error::{Error, Result},
+    memory::{Memory, source},
     node::{Inner, blocking},
     sandbox::contained,
 };
-
-/// How much of memory is captured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Extent {
-    /// What the VM has written since it was started.
-    Changed,
-    /// Everything: what it was started from is lost.
-    All,
-    /// Nothing: the snapshot is of the disks.
-    None,
-}
 
 /// What becomes of the VM after the freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +40,8 @@ pub(crate) enum After {
 /// time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FreezeTimings {
-    /// Writing back what is dirty of the disks, while the VM runs.
-    pub flush: Duration,
+    /// Writing back what is dirty of the disks and making room for the memory, while the VM runs.
+    pub prepare: Duration,
     /// Stopping the CPUs and draining the disks.
     pub pause: Duration,
     /// Saving the device state.
@@ -71,7 +61,7 @@ impl FreezeTimings {
     #[must_use]
     pub fn phases(&self) -> [(&'static str, Duration); 7] {
         [
-            ("flush", self.flush),
+            ("prepare", self.prepare),
             ("pause", self.pause),
             ("device", self.device),
             ("disks", self.disks),
@@ -101,30 +91,43 @@ pub(crate) struct Frozen {
     pub(crate) timings: FreezeTimings,
 }
 
-/// Captures `vm` with its `disks` into `draft`. If it fails the VM runs on and the draft is gone.
+/// Captures `vm` with its `disks` into `draft`, and with its memory and devices if `memory` is
+/// given. If it fails the VM runs on and the draft is gone.
 pub(crate) async fn freeze(
     node: &Inner,
     id: &SandboxId,
     vm: &Arc<dyn Vm>,
     disks: &[Disk],
     draft: Draft,
-    extent: Extent,
+    memory: Option<&Memory>,
     after: After,
 ) -> Result<Frozen> {
     let mut timings = FreezeTimings::default();
-    let memory = Memory {
-        source: memory_source(id, &vm.memory()?)?,
-        extent,
-    };
-
     let begun = Instant::now();
     let writable: Vec<PathBuf> = disks
         .iter()
         .filter(|disk| !disk.read_only)
         .map(|disk| disk.path.clone())
         .collect();
-    blocking(move || writable.iter().try_for_each(|path| write_back(path))).await?;
-    timings.flush = begun.elapsed();
+    let capture = match memory {
+        Some(memory) => Some((memory.clone(), source(id, &vm.memory()?)?)),
+        None => None,
+    };
+    let store = node.store.clone();
+    let capture = blocking(move || {
+        writable.iter().try_for_each(|path| write_back(path))?;
+        let Some((memory, source)) = capture else {
+            return Ok(None);
+        };
+        let buffer = store.resident_buffer(memory.room(&source)?)?;
+        Ok(Some(Capture {
+            memory,
+            source,
+            buffer,
+        }))
+    })
+    .await?;
+    timings.prepare = begun.elapsed();
 
     let draft = Arc::new(draft);
     let begun = Instant::now();
@@ -132,7 +135,7 @@ pub(crate) async fn freeze(
         node.failpoints.pass("freeze/pause").await?;
         vm.pause().await?;
         timings.pause = begun.elapsed();
-        hold(node, id, vm, disks, &draft, memory, &mut timings).await
+        hold(node, id, vm, disks, &draft, capture, &mut timings).await
     })
     .await;
     if captured.is_err() || after == After::Resume {
@@ -170,10 +173,11 @@ pub(crate) async fn freeze(
     })
 }
 
-/// Which memory is captured, and how much of it.
-struct Memory {
+/// Memory that is about to be captured, and where to.
+struct Capture {
+    memory: Memory,
     source: Source,
-    extent: Extent,
+    buffer: Buffer,
 }
 
 /// What happens while the VM stands still: three copies at once.
@@ -183,7 +187,7 @@ async fn hold(
     vm: &Arc<dyn Vm>,
     disks: &[Disk],
     draft: &Arc<Draft>,
-    memory: Memory,
+    capture: Option<Capture>,
     timings: &mut FreezeTimings,
 ) -> Result<Option<Dirty>> {
     async fn timed<T>(
@@ -195,10 +199,11 @@ async fn hold(
         (done, begun.elapsed())
     }
     let paths: Vec<PathBuf> = disks.iter().map(|disk| disk.path.clone()).collect();
+    let with_memory = capture.is_some();
     let (device, disks, memory) = tokio::join!(
         timed(id, async {
             node.failpoints.pass("freeze/device").await?;
-            if memory.extent != Extent::None {
+            if with_memory {
                 vm.save_device_state(&draft.device_state()).await?;
             }
             Ok(())
@@ -216,13 +221,16 @@ async fn hold(
         }),
         timed(id, async {
             node.failpoints.pass("freeze/memory").await?;
-            let (source, buffer) = (memory.source, node.store.buffer());
+            let Some(capture) = capture else {
+                return Ok(None);
+            };
             blocking(move || {
-                Ok(match memory.extent {
-                    Extent::Changed => Some(capture(&source, buffer)?),
-                    Extent::All => Some(capture_all(&source, buffer)?),
-                    Extent::None => None,
-                })
+                let Capture {
+                    memory,
+                    source,
+                    buffer,
+                } = capture;
+                memory.capture(&source, buffer).map(Some)
             })
             .await
         }),
@@ -233,27 +241,28 @@ async fn hold(
     memory.0
 }
 
-/// Writes what was captured and makes it a snapshot. `base` is the image that the VM was started
-/// from, none for a cold boot. Fills in what the manifest says of disks and memory.
+/// Writes what was captured of `memory` and makes it a snapshot. Fills in what the manifest says of
+/// disks and memory.
 pub(crate) async fn publish(
     node: &Inner,
     frozen: Frozen,
-    base: Option<PathBuf>,
+    memory: Option<&Memory>,
     mut manifest: Manifest,
 ) -> Result<(Snapshot, FreezeTimings)> {
     let begun = Instant::now();
     let Frozen {
         draft,
-        memory,
+        memory: captured,
         disks,
         mut timings,
     } = frozen;
+    let written = memory.cloned().zip(captured);
     node.failpoints.pass("publish/memory").await?;
     let (draft, report) = blocking(move || {
-        let Some(memory) = memory else {
+        let Some((memory, dirty)) = written else {
             return Ok((draft, MemoryReport::default()));
         };
-        let report = draft.write_memory(base.as_deref(), &memory)?;
+        let report = draft.write_memory(memory.base(), &dirty)?;
         // A VM's process opens it anew from a descriptor, as a user that owns nothing; nobody can
         // reach it by its path. Nobody writes it any more.
         let (image, mode) = (draft.memory_image(), Permissions::from_mode(0o444));
@@ -267,31 +276,6 @@ pub(crate) async fn publish(
     let snapshot = draft.publish(manifest).await?;
     timings.publish = begun.elapsed();
     Ok((snapshot, timings))
-}
-
-/// Guest memory as one range. A driver that reports several has one mapping that the kernel split.
-fn memory_source(id: &SandboxId, memory: &GuestMemory) -> Result<Source> {
-    let not_one = |reason: &str| {
-        Error::Vm(cubicle_vmm::Error::MemoryNotFound {
-            id: id.clone(),
-            pid: memory.pid,
-            reason: reason.to_owned(),
-        })
-    };
-    let pid = u32::try_from(memory.pid).map_err(|_| not_one("the pid is negative"))?;
-    let address = memory
-        .ranges
-        .first()
-        .and_then(|first| first.host_address.checked_sub(first.offset))
-        .ok_or_else(|| not_one("there is no mapping"))?;
-    let mut len = 0;
-    for range in &memory.ranges {
-        if range.offset != len || range.host_address != address + len {
-            return Err(not_one("it is mapped in pieces"));
-        }
-        len += range.len;
-    }
-    Ok(Source { pid, address, len })
 }
 
 /// Starts and awaits the write-back of a file's dirty pages, and no more: not its metadata, and no
@@ -313,46 +297,7 @@ fn write_back(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use cubicle_vmm::MemoryRange;
-
     use super::*;
-
-    fn memory(ranges: &[(u64, u64, u64)]) -> GuestMemory {
-        let ranges = ranges
-            .iter()
-            .map(|&(host_address, offset, len)| MemoryRange {
-                host_address,
-                offset,
-                len,
-            })
-            .collect();
-        GuestMemory { pid: 7, ranges }
-    }
-
-    #[test]
-    fn a_mapping_that_was_split_is_one_source_and_a_scattered_one_is_none() {
-        let id = SandboxId::generate();
-        let source = |ranges: &[_]| memory_source(&id, &memory(ranges));
-        let whole = Source {
-            pid: 7,
-            address: 0x10000,
-            len: 0x3000,
-        };
-        assert_eq!(source(&[(0x10000, 0, 0x3000)]).unwrap(), whole);
-        assert_eq!(
-            source(&[(0x10000, 0, 0x1000), (0x11000, 0x1000, 0x2000)]).unwrap(),
-            whole
-        );
-        assert!(source(&[]).is_err());
-        assert!(
-            source(&[(0x10000, 0, 0x1000), (0x12000, 0x1000, 0x2000)]).is_err(),
-            "a gap"
-        );
-        assert!(
-            source(&[(0x11000, 0x1000, 0x1000)]).is_err(),
-            "the beginning is missing"
-        );
-    }
 
     #[test]
     fn writing_back_needs_the_file() {

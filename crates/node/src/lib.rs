@@ -31,6 +31,7 @@ mod holdings;
 mod journal;
 mod kill;
 mod link;
+mod memory;
 mod metrics;
 mod node;
 mod registry;

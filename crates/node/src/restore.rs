@@ -17,9 +17,9 @@ use crate::{
     holdings::Holdings,
     journal::{self, Key},
     link::{Identity, Link},
+    memory::Memory,
     node::{Inner, blocking},
     sandbox::{Live, Origin, check_stop, contained, unless_stopped},
-    snapshot::Base,
 };
 
 /// In a manifest's options of the VM: [`cubicle_vmm::Hypervisor::machine`].
@@ -178,7 +178,7 @@ pub(crate) async fn restore(
 
     let begun = Instant::now();
     let shape = shape_of(order.snapshot);
-    let base = Base::open(&order.snapshot.memory_image())?;
+    let memory = Memory::restored(node.config.memory_tier, &order.snapshot.memory_image())?;
     let spec = VmSpec {
         disks: disks.clone(),
         tap: attachment.tap,
@@ -243,7 +243,7 @@ pub(crate) async fn restore(
         },
         origin: Origin {
             manifest: order.snapshot.manifest().clone(),
-            base,
+            memory,
         },
         timings,
     })

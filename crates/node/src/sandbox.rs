@@ -25,9 +25,10 @@ use crate::{
     holdings::Holdings,
     journal::Key,
     link::Link,
+    memory::Memory,
     node::Inner,
     rollback::rollback,
-    snapshot::{Base, pause, snapshot},
+    snapshot::{pause, snapshot},
 };
 
 /// What others see of a sandbox.
@@ -102,7 +103,7 @@ impl std::fmt::Debug for Live {
 pub(crate) struct Origin {
     /// Of the snapshot that it was restored from or last captured as.
     pub(crate) manifest: Arc<Manifest>,
-    pub(crate) base: Base,
+    pub(crate) memory: Memory,
 }
 
 /// A running VM with all that its owner knows of it.

@@ -1,6 +1,6 @@
 //! Snapshot and pause: a running sandbox becomes a snapshot, and goes on or not.
 
-use std::{fs::File, os::fd::AsRawFd as _, path::PathBuf, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use cubicle_cow::Manifest;
 use cubicle_ids::SandboxId;
@@ -8,45 +8,11 @@ use cubicle_ids::SandboxId;
 use crate::{
     error::{Error, Result},
     facts::{TakeSnapshot, Taken},
-    freeze::{After, Extent, freeze, publish},
+    freeze::{After, freeze, publish},
     guest::Guest,
     node::Inner,
-    sandbox::{Live, Origin, Running, Sandbox, contained},
+    sandbox::{Live, Running, Sandbox, contained},
 };
-
-/// The memory image that a VM's changes are laid over.
-#[derive(Debug)]
-pub(crate) enum Base {
-    /// The one that it was started from or last captured as; held open, so that it may be deleted.
-    Image(File),
-    /// There is none: the VM was booted, and all that it has not written is zero.
-    Zero,
-    /// There was one, and it cannot be found any more: everything has to be copied.
-    Lost,
-}
-
-impl Base {
-    /// What a VM that was restored from this image changes.
-    pub(crate) fn open(image: &PathBuf) -> Result<Self> {
-        let open = File::open(image).map_err(Error::io("open the memory image", image));
-        Ok(Self::Image(open?))
-    }
-
-    /// A path by which this process reaches it, deleted or not.
-    fn path(&self) -> Option<PathBuf> {
-        match self {
-            Self::Image(file) => Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into()),
-            Self::Zero | Self::Lost => None,
-        }
-    }
-
-    fn extent(&self) -> Extent {
-        match self {
-            Self::Image(_) | Self::Zero => Extent::Changed,
-            Self::Lost => Extent::All,
-        }
-    }
-}
 
 /// Makes a snapshot; the sandbox runs on.
 pub(crate) async fn snapshot(
@@ -59,15 +25,14 @@ pub(crate) async fn snapshot(
     let taken = take(node, sandbox, running, order, After::Resume).await?;
     tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "snapshot taken");
     // From here on only what differs from this snapshot is new.
-    let image = node.store.snapshot(&taken.manifest.id);
-    if let Ok(base) = image
-        .map_err(Error::from)
-        .and_then(|it| Base::open(&it.memory_image()))
+    if let Ok(snapshot) = node.store.snapshot(&taken.manifest.id)
+        && running
+            .origin
+            .memory
+            .captured_as(&snapshot.memory_image())
+            .is_ok()
     {
-        running.origin = Origin {
-            manifest: taken.manifest.clone(),
-            base,
-        };
+        running.origin.manifest = taken.manifest.clone();
         let recorded = node
             .journal
             .captured(&running.held.key, &taken.manifest)
@@ -107,15 +72,11 @@ async fn take(
     let draft = node
         .store
         .begin_snapshot(order.snapshot.clone(), order.kind)?;
-    let extent = if order.memory {
-        running.origin.base.extent()
-    } else {
-        Extent::None
-    };
+    let memory = order.memory.then_some(&running.origin.memory);
     let taking = async {
-        let frozen = freeze(node, id, &live.vm, &live.disks, draft, extent, after).await?;
+        let frozen = freeze(node, id, &live.vm, &live.disks, draft, memory, after).await?;
         let manifest = descendant(&running.origin.manifest, &order, live);
-        publish(node, frozen, running.origin.base.path(), manifest).await
+        publish(node, frozen, memory, manifest).await
     };
     let taken = contained(id, taking).await;
     if taken.is_err()

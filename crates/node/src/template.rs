@@ -23,11 +23,12 @@ use crate::{
     create::random_hex,
     error::{Error, Result},
     facts::{PhaseTimings, Shape},
-    freeze::{After, Extent, FreezeTimings, freeze, publish},
+    freeze::{After, FreezeTimings, freeze, publish},
     guest::Guest,
     holdings::Holdings,
     journal::{self, Key},
     link::{Identity, Link},
+    memory::Memory,
     node::{Inner, blocking},
     restore::{MACHINE, Restore, restore},
     sandbox::{check_stop, contained, unless_stopped},
@@ -356,13 +357,14 @@ impl Builder {
         // The life is over before the freeze: no half of a conversation goes into the snapshot.
         booted.link.close();
         drop(booted.link);
+        let memory = Memory::booted(node.config.memory_tier)?;
         let frozen = freeze(
             node,
             &self.id,
             &booted.vm,
             &[booted.disk],
             draft,
-            Extent::Changed,
+            Some(&memory),
             After::Stop,
         )
         .await?;
@@ -371,7 +373,7 @@ impl Builder {
         check_stop(&self.id, &self.stop)?;
 
         let manifest = self.manifest(image, booted.nonce);
-        let (snapshot, freeze) = publish(node, frozen, None, manifest).await?;
+        let (snapshot, freeze) = publish(node, frozen, Some(&memory), manifest).await?;
         self.progress.done(
             TemplateBuild::SNAPSHOT,
             format!("published as {}", snapshot.id()),
