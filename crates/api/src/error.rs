@@ -13,6 +13,9 @@ use utoipa::ToSchema;
 /// Name of the header that tells E2B's clients whether a retry can help.
 pub(crate) const SHOULD_RETRY: &str = "should-retry";
 
+/// What E2B's clients tell a guest that does not answer by.
+const GUEST_UNRESPONSIVE: &str = "sandbox_snapshot_guest_agent_unresponsive";
+
 /// An answer that is not what was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ApiError {
@@ -117,6 +120,29 @@ impl ApiError {
     }
 }
 
+impl ApiError {
+    /// The same error, as the answer to a pause: there 409 says that the sandbox is paused already.
+    pub(crate) fn of_pause(error: Control) -> Self {
+        match error {
+            Control::Fleet(FleetError::Unresponsive { .. }) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+                    .code(GUEST_UNRESPONSIVE)
+                    .retry_after(1)
+            }
+            error => error.into(),
+        }
+    }
+
+    /// The error as a part of a larger answer.
+    pub(crate) fn into_body(self) -> ErrorBody {
+        ErrorBody {
+            code: self.status.as_u16(),
+            message: self.message,
+            error_code: self.error_code,
+        }
+    }
+}
+
 impl From<Control> for ApiError {
     fn from(error: Control) -> Self {
         let status = match &error {
@@ -128,18 +154,17 @@ impl From<Control> for ApiError {
             Control::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
             Control::BuildInProgress { .. }
             | Control::Conflict { .. }
-            | Control::Busy { .. }
             | Control::SnapshotUnusable { .. }
             | Control::SnapshotInUse { .. }
             | Control::NotInHistory { .. }
             | Control::NameTaken { .. }
-            | Control::Fleet(FleetError::Busy { .. } | FleetError::Damaged { .. }) => {
-                StatusCode::CONFLICT
+            | Control::Fleet(FleetError::Damaged { .. }) => StatusCode::CONFLICT,
+            Control::Busy { .. } | Control::Fleet(FleetError::Busy { .. }) => {
+                return Self::new(StatusCode::CONFLICT, error.to_string()).retry_after(1);
             }
             Control::Quota { .. } => StatusCode::TOO_MANY_REQUESTS,
             Control::Fleet(FleetError::Unresponsive { .. }) => {
-                return Self::new(StatusCode::CONFLICT, error.to_string())
-                    .code("sandbox_snapshot_guest_agent_unresponsive");
+                return Self::new(StatusCode::CONFLICT, error.to_string()).code(GUEST_UNRESPONSIVE);
             }
             Control::IdempotencyMismatch { .. } => {
                 return Self::new(StatusCode::CONFLICT, error.to_string())
@@ -180,14 +205,10 @@ impl From<Control> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = ErrorBody {
-            code: self.status.as_u16(),
-            message: self.message,
-            error_code: self.error_code,
-        };
-        let mut response = (self.status, Json(body)).into_response();
+        let (status, retry) = (self.status, self.retry);
+        let mut response = (status, Json(self.into_body())).into_response();
         let headers = response.headers_mut();
-        let should_retry = match self.retry {
+        let should_retry = match retry {
             Retry::Never => "false",
             Retry::After(seconds) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from(seconds));

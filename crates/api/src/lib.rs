@@ -21,9 +21,12 @@ mod filter;
 mod measure;
 mod observe;
 mod openapi;
+mod own;
 mod sandboxes;
+mod snapshots;
 mod system;
 mod templates;
+mod timing;
 
 use std::{sync::Arc, time::Duration};
 
@@ -51,6 +54,8 @@ pub struct ApiConfig {
     pub domain: Option<String>,
     /// Name of this node, told to clients as `clientID`.
     pub node_id: String,
+    /// What the server was built from, if that is known.
+    pub commit: Option<&'static str>,
 }
 
 impl Default for ApiConfig {
@@ -60,6 +65,7 @@ impl Default for ApiConfig {
             open_metrics: false,
             domain: None,
             node_id: "local".to_owned(),
+            commit: None,
         }
     }
 }
@@ -123,5 +129,11 @@ fn cors() -> CorsLayer {
         .allow_origin(Any)
         .allow_methods(Any)
         .allow_headers(Any)
-        .expose_headers(EXPOSED.map(HeaderName::from_static))
+        .expose_headers(
+            EXPOSED
+                .into_iter()
+                .chain(timing::COST)
+                .map(HeaderName::from_static)
+                .collect::<Vec<_>>(),
+        )
 }

@@ -1,11 +1,16 @@
 //! What Prometheus is told.
 
+mod operations;
+
 use std::{
     sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
-use cubicle_control::{Control, fleet::Phase};
+use cubicle_control::{
+    Control,
+    fleet::{Phase, SnapshotTaken},
+};
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{
@@ -16,6 +21,9 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
+
+pub(crate) use self::operations::Operation;
+use self::operations::Operations;
 
 /// Bounds of histograms of durations, in seconds: from a restore's fastest phase to a cold boot.
 const SECONDS: [f64; 14] = [
@@ -78,6 +86,7 @@ pub(crate) struct Metrics {
     creates: Family<Outcome, Counter>,
     create_seconds: Histogram,
     phase_seconds: Histograms<PhaseName>,
+    operations: Operations,
     sandboxes: Family<State, Gauge>,
     slots: Family<Node, Gauge>,
     slots_used: Family<Node, Gauge>,
@@ -97,6 +106,7 @@ impl Metrics {
             creates: Family::default(),
             create_seconds: Durations.new_metric(),
             phase_seconds: Family::new_with_constructor(Durations),
+            operations: Operations::default(),
             sandboxes: Family::default(),
             slots: Family::default(),
             slots_used: Family::default(),
@@ -129,6 +139,7 @@ impl Metrics {
             Unit::Seconds,
             m.phase_seconds.clone(),
         );
+        m.operations.register(&mut registry);
         registry.register("sandboxes", "Sandboxes by state", m.sandboxes.clone());
         registry.register(
             "node_sandbox_limit",
@@ -193,12 +204,32 @@ impl Metrics {
         }
     }
 
+    /// Counts an operation on a sandbox that exists.
+    pub(crate) fn operation(&self, operation: Operation, worked: bool, took: Duration) {
+        self.operations.count(operation, worked, took);
+    }
+
+    /// Counts what freezing a sandbox came to.
+    pub(crate) fn freeze(&self, operation: Operation, taken: &SnapshotTaken) {
+        self.operations.freeze(operation, taken);
+        self.phases(operation, &taken.phases);
+    }
+
+    /// Counts the steps of an operation.
+    pub(crate) fn phases(&self, operation: Operation, phases: &[Phase]) {
+        self.operations.phases(operation, phases);
+    }
+
     /// Everything, in the text format of OpenMetrics.
     pub(crate) async fn render(&self, control: &Control) -> Result<String, std::fmt::Error> {
         for (state, count) in control.sandboxes.counts() {
             self.sandboxes
                 .get_or_create(&State { state })
                 .set(signed(count as u64));
+        }
+        match control.snapshots.usage().await {
+            Ok(usage) => self.operations.usage(&usage),
+            Err(error) => tracing::warn!(%error, "the store does not say what snapshots take"),
         }
         match control.fleet.machines().await {
             Ok(machines) => {

@@ -10,7 +10,7 @@ use utoipa::{
 };
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::{AppState, measure, sandboxes, system, templates};
+use crate::{AppState, measure, own, sandboxes, snapshots, system, templates};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -21,6 +21,7 @@ use crate::{AppState, measure, sandboxes, system, templates};
     ),
     tags(
         (name = "sandboxes", description = "Sandboxes: create, find, keep, kill"),
+        (name = "snapshots", description = "The past of sandboxes"),
         (name = "templates", description = "What sandboxes are made from"),
         (name = "cluster", description = "Machines; under /cubeapi/v1 only"),
         (name = "cubicle", description = "Our own"),
@@ -68,13 +69,19 @@ pub(crate) fn parts() -> (Parts, utoipa::openapi::OpenApi) {
         router
     };
     let parts = Parts {
-        shared: split(sandboxes::router().merge(templates::router()), ""),
+        shared: split(
+            sandboxes::router()
+                .merge(snapshots::router())
+                .merge(templates::router()),
+            "",
+        ),
         open: split(system::open_router(), ""),
         cluster: split(system::cluster_router(), "/cubeapi/v1"),
         own: split(
             system::own_router()
                 .merge(templates::own_router())
-                .merge(measure::own_router()),
+                .merge(measure::own_router())
+                .merge(own::router()),
             "/cubicle/v1",
         ),
     };

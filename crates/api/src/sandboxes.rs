@@ -1,17 +1,24 @@
 //! Sandboxes, in the words of E2B's clients and of Cube's.
 
+mod branch;
 mod create;
 mod lifetime;
 mod model;
 mod network;
+mod pause;
 mod read;
 
 use std::time::Duration;
 
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-pub(crate) use self::read::{backward, level};
-use crate::{AppState, envelope::deadline};
+pub(crate) use self::{
+    branch::{fork_it, rollback_it},
+    model::{ForkBody, ForkResult, PauseBody, RollbackBody, reference},
+    pause::pause_it,
+    read::{backward, level},
+};
+use crate::{AppState, envelope::deadline, snapshots::FREEZE_DEADLINE};
 
 /// Time for a request that waits for a VM.
 const VM_DEADLINE: Duration = Duration::from_secs(120);
@@ -19,7 +26,7 @@ const VM_DEADLINE: Duration = Duration::from_secs(120);
 pub(crate) fn router() -> OpenApiRouter<AppState> {
     let quick = OpenApiRouter::new()
         .routes(routes!(read::get))
-        .routes(routes!(read::list_running))
+        .routes(routes!(read::list_all))
         .routes(routes!(read::list))
         .routes(routes!(read::metrics))
         .routes(routes!(read::latest_metrics))
@@ -31,8 +38,15 @@ pub(crate) fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(create::create_v1))
         .routes(routes!(create::create_v2))
         .routes(routes!(lifetime::kill))
-        .routes(routes!(lifetime::connect_v1))
-        .routes(routes!(lifetime::connect_v2))
+        .routes(routes!(pause::resume))
+        .routes(routes!(pause::connect_v1))
+        .routes(routes!(pause::connect_v2))
         .layer(deadline(VM_DEADLINE));
-    quick.layer(deadline(crate::DEADLINE)).merge(slow)
+    let slowest = OpenApiRouter::new()
+        .routes(routes!(pause::pause))
+        .routes(routes!(branch::fork))
+        .routes(routes!(branch::rollback))
+        .layer(deadline(FREEZE_DEADLINE));
+    let quick = quick.layer(deadline(crate::DEADLINE));
+    quick.merge(slow).merge(slowest)
 }

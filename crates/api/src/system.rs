@@ -96,6 +96,9 @@ pub(crate) struct Version {
     version: &'static str,
     /// Version of the guest daemon in templates built today.
     envd_version: &'static str,
+    /// What the server was built from, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    commit: Option<&'static str>,
 }
 
 /// What is this server?
@@ -103,11 +106,12 @@ pub(crate) struct Version {
     get, path = "/version", tag = "cubicle",
     responses((status = 200, body = Version), (status = 401, body = ErrorBody)),
 )]
-async fn version() -> Json<Version> {
+async fn version(State(state): State<AppState>) -> Json<Version> {
     let envd_version = cubicle_control::ENVD_VERSION;
     Json(Version {
         version: env!("CARGO_PKG_VERSION"),
         envd_version,
+        commit: state.config.commit,
     })
 }
 

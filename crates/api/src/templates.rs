@@ -11,7 +11,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{AppState, envelope::deadline};
 
 /// Time for a deletion, which removes files.
-const DELETE_DEADLINE: Duration = Duration::from_secs(120);
+const DELETE_DEADLINE: Duration = Duration::from_secs(240);
 
 pub(crate) fn router() -> OpenApiRouter<AppState> {
     let quick = OpenApiRouter::new()

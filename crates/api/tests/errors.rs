@@ -78,7 +78,6 @@ async fn refused_creates() {
             "both spellings",
             json!({"templateID": "base", "envs": {}, "envVars": {}}),
         ),
-        ("auto pause", with("autoPause", json!(true))),
         (
             "auto pause of a wrong type",
             with("autoPause", json!("yes")),
@@ -87,11 +86,33 @@ async fn refused_creates() {
             "file-system pause without pause",
             with("autoPauseMemory", json!(false)),
         ),
-        ("auto resume", with("autoResume", json!({"enabled": true}))),
+        (
+            "file-system pause that traffic ends",
+            json!({"templateID": "base", "autoPause": true, "autoPauseMemory": false,
+                   "autoResume": {"enabled": true}}),
+        ),
+        (
+            "file-system pause in Cube's words that traffic ends",
+            json!({"templateID": "base", "autoPauseMemory": false,
+                   "lifecycle": {"onTimeout": "pause", "autoResume": true}}),
+        ),
         ("auto resume without a word", with("autoResume", json!({}))),
         (
-            "pause at the end",
-            with("lifecycle", json!({"onTimeout": "pause"})),
+            "auto resume of a wrong type",
+            with("autoResume", json!(true)),
+        ),
+        (
+            "two opinions on the end",
+            json!({"templateID": "base", "autoPause": false, "lifecycle": {"onTimeout": "pause"}}),
+        ),
+        (
+            "two opinions on traffic",
+            json!({"templateID": "base", "autoPause": true, "autoResume": {"enabled": false},
+                   "lifecycle": {"autoResume": true}}),
+        ),
+        (
+            "a word for traffic",
+            with("lifecycle", json!({"autoResume": "yes"})),
         ),
         (
             "something else at the end",

@@ -1,30 +1,30 @@
 //! `POST /sandboxes` and `POST /v2/sandboxes`.
 
-use std::{collections::BTreeMap, fmt::Write as _, time::Instant};
+use std::{collections::BTreeMap, time::Instant};
 
 use axum::{Json, extract::State, response::IntoResponse as _, response::Response};
-use cubicle_control::{
-    fleet::Phase,
-    sandbox::{CreateSandbox, Idempotency, LifecycleOptions, Lifetime},
-};
-use http::{HeaderMap, HeaderValue, StatusCode};
+use cubicle_control::sandbox::{CreateSandbox, Idempotency, LifecycleOptions, Lifetime};
+use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use utoipa::ToSchema;
 
-use super::{model::SandboxBody, network::NetworkBody};
+use super::{
+    model::{SandboxBody, reference},
+    network::NetworkBody,
+};
 use crate::{
     AppState,
     error::{ApiError, ApiResult, ErrorBody},
     extract::RawJsonBody,
+    timing,
 };
 
 /// Lifetimes where the request says nothing, in seconds.
 const TIMEOUT_V1: i64 = 15;
 const TIMEOUT_V2: i64 = 300;
 
-const MAX_REFERENCE: usize = 256;
 const MAX_METADATA: usize = 128;
 const MAX_METADATA_KEY: usize = 256;
 const MAX_METADATA_VALUE: usize = 8 << 10;
@@ -62,13 +62,14 @@ pub(crate) struct CreateBody {
     allow_internet_access: Option<bool>,
     /// What it may reach and who may reach it.
     network: Option<NetworkBody>,
-    /// Not supported yet: must be `false`.
+    /// Pause it when its time is up, instead of killing it.
     auto_pause: Option<bool>,
-    /// Only with `autoPause`.
+    /// `false`: that pause keeps its disk only, and resuming it boots it. Only with `autoPause`, and
+    /// not with `autoResume`.
     auto_pause_memory: Option<bool>,
-    /// Not supported yet: must be off.
+    /// Whether requests wake it while it is paused.
     auto_resume: Option<AutoResume>,
-    /// Not supported yet: must be `kill` without auto-resume.
+    /// The same as `autoPause` and `autoResume`, in Cube's words.
     lifecycle: Option<LifecycleBody>,
     /// For the client, which starts the MCP gateway itself.
     #[allow(
@@ -107,11 +108,8 @@ pub(crate) struct Iam {
 impl CreateBody {
     fn request(self, default_timeout: i64) -> ApiResult<CreateSandbox> {
         self.refuse_what_is_missing()?;
-        if self.template_id.is_empty() || self.template_id.len() > MAX_REFERENCE {
-            let why =
-                format!("a template id, a name or a snapshot id has 1 to {MAX_REFERENCE} bytes");
-            return Err(ApiError::field("templateID", why));
-        }
+        let lifecycle = self.lifecycle()?;
+        let template = reference("templateID", self.template_id)?;
         let metadata = self.metadata.unwrap_or_default();
         check_metadata(&metadata)?;
         let env_vars = self.env_vars.unwrap_or_default();
@@ -121,46 +119,50 @@ impl CreateBody {
             .unwrap_or_default()
             .options(self.allow_internet_access)?;
         Ok(CreateSandbox {
-            template: self.template_id,
+            template,
             lifetime: Lifetime::from_seconds("timeout", self.timeout.unwrap_or(default_timeout))?,
             metadata,
             env_vars: env_vars.into_iter().collect(),
             network,
-            lifecycle: LifecycleOptions::default(),
+            lifecycle,
             idempotency: None,
         })
     }
 
-    fn refuse_what_is_missing(&self) -> ApiResult<()> {
-        let auto_pause = self.auto_pause == Some(true);
-        let auto_resume = self
-            .auto_resume
-            .as_ref()
-            .is_some_and(|config| config.enabled);
-        if self.auto_pause_memory == Some(false) && (!auto_pause || auto_resume) {
-            let why = "a filesystem-only pause needs autoPause, and cannot be resumed by traffic";
-            return Err(ApiError::field("autoPauseMemory", why));
-        }
-        let lifecycle = self.lifecycle.as_ref();
-        match lifecycle.and_then(|l| l.on_timeout.as_deref()) {
-            None | Some("kill") => {}
-            Some("pause") => return Err(ApiError::unsupported("lifecycle.onTimeout 'pause'")),
+    /// What both dialects say about the end of its time; they may both be used, but not disagree.
+    fn lifecycle(&self) -> ApiResult<LifecycleOptions> {
+        let cube = self.lifecycle.as_ref();
+        let on_timeout = match cube.and_then(|cube| cube.on_timeout.as_deref()) {
+            None => None,
+            Some("kill") => Some(false),
+            Some("pause") => Some(true),
             Some(_) => {
-                return Err(ApiError::field(
-                    "lifecycle.onTimeout",
-                    "is neither 'kill' nor 'pause'",
-                ));
+                let why = "is neither 'kill' nor 'pause'";
+                return Err(ApiError::field("lifecycle.onTimeout", why));
             }
-        }
+        };
+        let agreed = |field: &str, ours: Option<bool>, theirs: Option<bool>| match (ours, theirs) {
+            (Some(a), Some(b)) if a != b => Err(ApiError::field(
+                field,
+                "contradicts what the request says elsewhere",
+            )),
+            _ => Ok(ours.or(theirs).unwrap_or(false)),
+        };
+        let auto_resume = self.auto_resume.as_ref().map(|resume| resume.enabled);
+        let cube_resume = cube.and_then(|cube| cube.auto_resume);
+        let options = LifecycleOptions {
+            auto_pause: agreed("lifecycle.onTimeout", self.auto_pause, on_timeout)?,
+            auto_pause_memory: self.auto_pause_memory.unwrap_or(true),
+            auto_resume: agreed("lifecycle.autoResume", auto_resume, cube_resume)?,
+        };
+        options.check()?;
+        Ok(options)
+    }
+
+    fn refuse_what_is_missing(&self) -> ApiResult<()> {
         let given = |list: &Option<Vec<Value>>| list.as_ref().is_some_and(|list| !list.is_empty());
         let tokens = self.iam.as_ref().and_then(|iam| iam.tokens.as_ref());
         let refused = [
-            (auto_pause, "autoPause"),
-            (auto_resume, "autoResume"),
-            (
-                lifecycle.is_some_and(|l| l.auto_resume == Some(true)),
-                "lifecycle.autoResume",
-            ),
             (tokens.is_some_and(|tokens| !tokens.is_empty()), "iam"),
             (given(&self.volume_mounts), "volumeMounts"),
             (given(&self.distribution_scope), "distributionScope"),
@@ -299,32 +301,8 @@ async fn create(state: &AppState, request: CreateSandbox) -> ApiResult<Response>
     let creation = result.map_err(ApiError::of_create)?;
     let body = SandboxBody::new(state, &creation.sandbox);
     let mut response = (StatusCode::CREATED, Json(body)).into_response();
-    let total = Phase {
-        name: "total",
-        took: began.elapsed(),
-    };
-    if let Ok(timing) = server_timing(creation.phases.iter().chain([&total])) {
-        response.headers_mut().insert("server-timing", timing);
-    }
+    timing::add(&mut response, &creation.phases, began.elapsed());
     Ok(response)
-}
-
-/// The W3C's `Server-Timing`, in milliseconds.
-fn server_timing<'a>(
-    phases: impl Iterator<Item = &'a Phase>,
-) -> Result<HeaderValue, http::header::InvalidHeaderValue> {
-    let mut text = String::new();
-    for phase in phases {
-        let gap = if text.is_empty() { "" } else { ", " };
-        // Writing to a String cannot fail.
-        let _ = write!(
-            text,
-            "{gap}{};dur={:.3}",
-            phase.name,
-            phase.took.as_secs_f64() * 1e3
-        );
-    }
-    HeaderValue::try_from(text)
 }
 
 /// What makes two requests the same: the key, and what the bodies say, however they spell it.
@@ -351,25 +329,9 @@ fn idempotency(headers: &HeaderMap, body: &[u8]) -> ApiResult<Option<Idempotency
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use http::HeaderValue;
 
     use super::*;
-
-    #[test]
-    fn phases_become_server_timing() {
-        let phases = [
-            Phase {
-                name: "slot",
-                took: Duration::from_micros(400),
-            },
-            Phase {
-                name: "total",
-                took: Duration::from_millis(31),
-            },
-        ];
-        let header = server_timing(phases.iter()).expect("header");
-        assert_eq!(header, "slot;dur=0.400, total;dur=31.000");
-    }
 
     #[test]
     fn two_spellings_of_one_body_are_the_same_request() {

@@ -2,19 +2,17 @@
 
 use std::time::Duration;
 
-use axum::{Json, extract::State};
+use axum::extract::State;
 use cubicle_control::sandbox::Lifetime;
 use http::StatusCode;
 
-use super::model::{ConnectBody, RefreshBody, SandboxBody, TimeoutBody};
+use super::model::{RefreshBody, TimeoutBody};
 use crate::{
     AppState,
     error::{ApiError, ApiResult, ErrorBody},
     extract::{JsonBody, OptionalJsonBody, SandboxPath},
 };
 
-/// Life that a connect gives at least, in seconds, where the request says nothing.
-const CONNECT_TIMEOUT: i64 = 300;
 /// Life that a refresh gives at least, in seconds, where the request says nothing.
 const REFRESH: i64 = 15;
 /// Longest life that a refresh gives.
@@ -87,48 +85,4 @@ pub(crate) async fn refresh(
     let lifetime = Lifetime::For(Duration::from_secs(seconds.unsigned_abs()));
     state.control.sandboxes.extend(&id, lifetime).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Connect to a sandbox
-///
-/// Returns what a client needs in order to use it, and gives it at least `timeout` from now; 300
-/// seconds if that is left out.
-#[utoipa::path(
-    post, path = "/sandboxes/{sandboxID}/connect", tag = "sandboxes", request_body = ConnectBody,
-    params(("sandboxID" = String, Path)),
-    responses(
-        (status = 200, body = SandboxBody, description = "It runs"),
-        (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
-    ),
-)]
-pub(crate) async fn connect_v1(
-    State(state): State<AppState>,
-    SandboxPath(id): SandboxPath,
-    OptionalJsonBody(body): OptionalJsonBody<ConnectBody>,
-) -> ApiResult<Json<SandboxBody>> {
-    let seconds = body.timeout.unwrap_or(CONNECT_TIMEOUT);
-    let lifetime = Lifetime::from_seconds("timeout", seconds)?;
-    let connected = state.control.sandboxes.connect(&id, lifetime).await?;
-    Ok(Json(SandboxBody::new(&state, &connected.sandbox)))
-}
-
-/// Connect to a sandbox
-///
-/// The same as without `/v2`.
-#[utoipa::path(
-    post, path = "/v2/sandboxes/{sandboxID}/connect", tag = "sandboxes",
-    request_body = ConnectBody, params(("sandboxID" = String, Path)),
-    responses(
-        (status = 200, body = SandboxBody, description = "It runs"),
-        (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
-    ),
-)]
-pub(crate) async fn connect_v2(
-    state: State<AppState>,
-    id: SandboxPath,
-    body: OptionalJsonBody<ConnectBody>,
-) -> ApiResult<Json<SandboxBody>> {
-    connect_v1(state, id, body).await
 }

@@ -1,13 +1,20 @@
 //! Sandboxes as clients see them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use cubicle_control::{lifecycle::Visible, sandbox};
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, macros::datetime};
 use utoipa::ToSchema;
+use uuid::Uuid;
 
-use crate::AppState;
+use crate::{
+    AppState,
+    error::{ApiError, ApiResult, ErrorBody},
+};
+
+/// Longest id or name that anything is looked up by.
+pub(crate) const MAX_REFERENCE: usize = 256;
 
 /// What stands for "never" where clients want a time.
 pub(crate) const NEVER: OffsetDateTime = datetime!(9999-12-31 23:59:59 UTC);
@@ -131,6 +138,10 @@ pub(crate) struct SandboxDetail {
     network: NetworkDetail,
     /// What happens when its time is up.
     lifecycle: Lifecycle,
+    /// What its pause has kept: `full`, its memory and its disk, or `filesystem`, its disk only.
+    /// While it is paused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pause_mode: Option<&'static str>,
 }
 
 /// What a sandbox may reach and who may reach it.
@@ -174,9 +185,18 @@ impl SandboxDetail {
                 mask_request_host: network.mask_request_host.clone(),
             },
             lifecycle: Lifecycle {
-                auto_resume: false,
-                on_timeout: "kill",
+                auto_resume: sandbox.lifecycle.auto_resume,
+                on_timeout: if sandbox.lifecycle.auto_pause {
+                    "pause"
+                } else {
+                    "kill"
+                },
             },
+            pause_mode: sandbox
+                .pause
+                .as_ref()
+                .filter(|_| sandbox.state.visible() == Some(Visible::Paused))
+                .map(|pause| pause.mode.as_str()),
         }
     }
 }
@@ -313,10 +333,135 @@ pub(crate) struct RefreshBody {
 pub(crate) struct ConnectBody {
     /// Seconds from now that it has at least, 300 if left out; -1 is for ever.
     pub(crate) timeout: Option<i64>,
-    /// Whether to resume with its memory, if it is paused.
-    #[allow(
-        dead_code,
-        reason = "a question for a paused sandbox only, but the type is checked"
-    )]
+    /// Whether to resume with its memory, if it is paused. `false` is possible where its pause kept
+    /// none.
     pub(crate) memory: Option<bool>,
+}
+
+/// How to resume a sandbox.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct ResumeBody {
+    /// Seconds from now that it lives, 15 if left out; -1 is for ever.
+    pub(crate) timeout: Option<i64>,
+    /// Whether it is paused when they are over; as before if left out.
+    pub(crate) auto_pause: Option<bool>,
+    /// Whether to resume with its memory. `false` is possible where its pause kept none.
+    pub(crate) memory: Option<bool>,
+}
+
+/// How to pause a sandbox.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct PauseBody {
+    /// Whether to keep its memory. `false`: its disk only, so that resuming it boots it.
+    memory: Option<bool>,
+    /// Whether to refuse with 503 if its guest daemon does not answer.
+    require_healthy_guest: Option<bool>,
+}
+
+impl PauseBody {
+    pub(crate) fn request(&self) -> sandbox::PauseSandbox {
+        let memory = self.memory.unwrap_or(true);
+        sandbox::PauseSandbox {
+            memory,
+            // Where the memory is dropped, what the guest has not written is lost: it has to be
+            // there to write it.
+            require_healthy: self.require_healthy_guest.unwrap_or(false) || !memory,
+        }
+    }
+}
+
+/// Copies of a sandbox to make.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(default)]
+pub(crate) struct ForkBody {
+    /// Seconds that the copies live, 15 if left out; -1 is for ever.
+    timeout: Option<i64>,
+    /// How many, 1 (default) to 100.
+    count: Option<i64>,
+}
+
+impl ForkBody {
+    pub(crate) fn request(&self) -> ApiResult<sandbox::ForkSandbox> {
+        let count = self.count.unwrap_or(1);
+        let count = u32::try_from(count)
+            .ok()
+            .filter(|count| (1..=sandbox::MAX_FORKS).contains(count))
+            .ok_or_else(|| {
+                let why = format!(
+                    "{count} is no number of copies between 1 and {}",
+                    sandbox::MAX_FORKS
+                );
+                ApiError::field("count", why)
+            })?;
+        let lifetime = sandbox::Lifetime::from_seconds("timeout", self.timeout.unwrap_or(15))?;
+        Ok(sandbox::ForkSandbox { count, lifetime })
+    }
+}
+
+/// One copy of a sandbox, or why there is none.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum ForkResult {
+    /// It runs.
+    Sandbox(SandboxBody),
+    /// It does not.
+    Error(ErrorBody),
+}
+
+impl ForkResult {
+    pub(crate) fn all(
+        state: &AppState,
+        children: Vec<cubicle_control::Result<Arc<sandbox::Sandbox>>>,
+    ) -> Vec<Self> {
+        children
+            .into_iter()
+            .map(|child| match child {
+                Ok(sandbox) => Self::Sandbox(SandboxBody::new(state, &sandbox)),
+                Err(error) => Self::Error(ApiError::of_create(error).into_body()),
+            })
+            .collect()
+    }
+}
+
+/// Where to roll a sandbox back to.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct RollbackBody {
+    /// A snapshot of it, or one that it descends from: its id or its name.
+    #[serde(rename = "snapshotID", alias = "snapshotId")]
+    snapshot_id: String,
+}
+
+impl RollbackBody {
+    /// The reference, if it can be one.
+    pub(crate) fn reference(self) -> ApiResult<String> {
+        reference("snapshotID", self.snapshot_id)
+    }
+}
+
+/// What a client calls a snapshot or a template, if it can be called so.
+pub(crate) fn reference(field: &str, text: String) -> ApiResult<String> {
+    if (1..=MAX_REFERENCE).contains(&text.len()) {
+        Ok(text)
+    } else {
+        let why = format!("an id or a name has 1 to {MAX_REFERENCE} bytes");
+        Err(ApiError::field(field, why))
+    }
+}
+
+/// A rollback that is done.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct RollbackResult {
+    /// The sandbox.
+    #[serde(rename = "sandboxID")]
+    pub(crate) sandbox_id: String,
+    /// What it went back to, as it was asked for.
+    #[serde(rename = "snapshotID")]
+    pub(crate) snapshot_id: String,
+    /// Names this rollback.
+    #[serde(rename = "operationID")]
+    pub(crate) operation_id: Uuid,
+    /// `READY`.
+    pub(crate) status: &'static str,
 }

@@ -6,7 +6,7 @@ use cubicle_control::{
     lifecycle::Visible,
     sandbox::{Cursor, ListQuery, LogQuery, MAX_LOG_PAGE, MAX_PAGE, Order},
 };
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue, header::USER_AGENT};
 
 use super::model::{
     ListedSandbox, SandboxDetail, SandboxLogs, SandboxLogsV2, SandboxMetric, SandboxesWithMetrics,
@@ -36,22 +36,32 @@ pub(crate) async fn get(
     Ok(Json(SandboxDetail::new(&state, &sandbox)))
 }
 
-/// List running sandboxes
+/// List all sandboxes at once
+///
+/// E2B's clients are told of those that run only, as they expect here; `state` says otherwise.
 #[utoipa::path(
     get, path = "/sandboxes", tag = "sandboxes",
-    params(("metadata" = Option<String>, Query, description = "A form of pairs that must match")),
+    params(
+        ("metadata" = Option<String>, Query, description = "A form of pairs that must match"),
+        ("state" = Option<String>, Query, description = "`running`, `paused`, or both with a comma"),
+    ),
     responses(
         (status = 200, body = Vec<ListedSandbox>),
         (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
     ),
 )]
-pub(crate) async fn list_running(
+pub(crate) async fn list_all(
     State(state): State<AppState>,
+    headers: HeaderMap,
     query: Query,
 ) -> ApiResult<Json<Vec<ListedSandbox>>> {
+    let mut states = states(&query)?;
+    if states.is_empty() && is_e2b(&headers) {
+        states.push(Visible::Running);
+    }
     let query = ListQuery {
         metadata: filter::parse(query.text("metadata")?.unwrap_or_default())?,
-        states: vec![Visible::Running],
+        states,
         ..ListQuery::default()
     };
     let page = state.control.sandboxes.list(&query).await?;
@@ -61,6 +71,12 @@ pub(crate) async fn list_running(
             .map(|sandbox| ListedSandbox::new(&state, sandbox))
             .collect(),
     ))
+}
+
+/// Whether a client is one of E2B's own, which say so.
+fn is_e2b(headers: &HeaderMap) -> bool {
+    let agent = headers.get(USER_AGENT).map(HeaderValue::as_bytes);
+    agent.is_some_and(|agent| agent.starts_with(b"e2b-"))
 }
 
 /// List sandboxes, page by page
@@ -101,14 +117,17 @@ pub(crate) async fn list(
     Ok((headers, Json(items)))
 }
 
+/// The parameter `state` of lists.
+fn states(query: &Query) -> ApiResult<Vec<Visible>> {
+    let parse = |word: &str| {
+        word.parse::<Visible>()
+            .map_err(|_| ApiError::field("state", "is neither 'running' nor 'paused'"))
+    };
+    query.list("state").into_iter().map(parse).collect()
+}
+
 fn parse_list(query: &Query) -> ApiResult<ListQuery> {
-    let mut states = Vec::new();
-    for word in query.list("state") {
-        states.push(
-            word.parse::<Visible>()
-                .map_err(|_| ApiError::field("state", "is neither 'running' nor 'paused'"))?,
-        );
-    }
+    let states = states(query)?;
     let order = match query.text("order")? {
         None | Some("desc") => Order::Descending,
         Some("asc") => Order::Ascending,

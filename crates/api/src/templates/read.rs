@@ -115,22 +115,25 @@ pub(crate) async fn get(
     }))
 }
 
-/// Delete a template
+/// Delete a template or a snapshot
 ///
-/// Sandboxes that were made from it run on.
+/// Sandboxes that were made from it run on, and snapshots that descend from it stay.
 #[utoipa::path(
     delete, path = "/templates/{templateID}", tag = "templates",
-    params(("templateID" = String, Path, description = "Its id, a name, or a snapshot id")),
+    params(("templateID" = String, Path,
+            description = "Its id or a name, of a template or a snapshot; one segment, encoded")),
     responses(
         (status = 204, description = "It is gone"),
-        (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
+        (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody, description = "A paused sandbox consists of it"),
     ),
 )]
 pub(crate) async fn delete(
     State(state): State<AppState>,
     Segment(reference): Segment,
 ) -> ApiResult<StatusCode> {
-    state.control.templates.delete(&reference).await?;
+    state.control.delete(&reference).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

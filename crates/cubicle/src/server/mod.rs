@@ -284,6 +284,7 @@ impl Server {
             open_metrics: address.ip().is_loopback(),
             domain: Some(options.domain.clone()),
             node_id: hostname(),
+            commit: option_env!("CUBICLE_COMMIT"),
         };
         let proxy = Proxy::new(
             Arc::new(SandboxRoutes::new(control.clone())),

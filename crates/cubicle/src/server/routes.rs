@@ -1,9 +1,14 @@
 //! The data plane's view of control's sandboxes.
 
-use cubicle_control::{Control, lifecycle::State};
+use cubicle_control::{
+    Control, Error,
+    fleet::FleetError,
+    lifecycle::State,
+    sandbox::{PauseMode, Sandbox},
+};
 use cubicle_ids::SandboxId;
 use cubicle_protocol::signature::SignedAccess;
-use cubicle_proxy::{Availability, Routes, SandboxRoute, SignedFile};
+use cubicle_proxy::{Availability, NotWoken, Routes, SandboxRoute, SignedFile};
 use subtle::ConstantTimeEq as _;
 
 /// Answers the proxy from control's memory.
@@ -17,11 +22,22 @@ impl SandboxRoutes {
     }
 }
 
+/// Whether requests wake this sandbox while it is paused, or about to be.
+fn wakes(sandbox: &Sandbox) -> bool {
+    let full = |pause: &cubicle_control::sandbox::Pause| pause.mode == PauseMode::Full;
+    sandbox.lifecycle.auto_resume && sandbox.pause.as_ref().is_none_or(full)
+}
+
+#[async_trait::async_trait]
 impl Routes for SandboxRoutes {
     fn lookup(&self, id: &SandboxId) -> Option<SandboxRoute> {
         let sandbox = self.control.sandboxes.get(id).ok()?;
         let availability = match sandbox.state {
             State::Running => Availability::Running,
+            // Waking one of these waits until it is one thing or the other.
+            State::Pausing | State::Resuming | State::Paused if wakes(&sandbox) => {
+                Availability::Asleep
+            }
             State::Creating | State::Pausing | State::Resuming => Availability::Busy,
             State::Paused => Availability::Away,
             State::Killing | State::Dead => return None,
@@ -47,5 +63,21 @@ impl Routes for SandboxRoutes {
             bool::from(expected.as_bytes().ct_eq(file.signature.as_bytes()))
         });
         signed.map(|sandbox| sandbox.id.clone())
+    }
+    async fn wake(&self, id: &SandboxId) -> Result<(), NotWoken> {
+        match self.control.sandboxes.wake(id).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(match error {
+                Error::SandboxNotFound { .. } | Error::Fleet(FleetError::NoSandbox { .. }) => {
+                    NotWoken::Gone
+                }
+                Error::Busy { .. } | Error::Fleet(FleetError::Busy { .. }) => NotWoken::Busy,
+                Error::Conflict { .. } | Error::Unsupported { .. } => {
+                    NotWoken::Refused(error.to_string())
+                }
+                Error::Fleet(FleetError::Capacity { why }) => NotWoken::NoRoom(why),
+                other => NotWoken::Failed(other.to_string()),
+            }),
+        }
     }
 }
