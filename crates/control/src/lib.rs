@@ -1,9 +1,9 @@
 //! The control plane: what sandboxes and templates there are to be.
 //!
 //! `control` holds intent and the API's truth: keys, templates, sandboxes with their timeouts,
-//! metadata and tokens. The fleet below it holds fact. Three services make up its face, gathered
-//! in [`Control`]: [`Keys`](keys::Keys), [`Templates`](template::Templates) and
-//! [`Sandboxes`](sandbox::Sandboxes). None of them knows HTTP.
+//! metadata and tokens, and their snapshots. The fleet below it holds fact. Four services make up
+//! its face, gathered in [`Control`]: [`Keys`](keys::Keys), [`Templates`](template::Templates),
+//! [`Sandboxes`](sandbox::Sandboxes) and [`Snapshots`](snapshot::Snapshots). None of them knows HTTP.
 //!
 //! Invariants:
 //! - A sandbox changes state in [`lifecycle::next`] and nowhere else; kill is legal in every state.
@@ -11,19 +11,22 @@
 //! - Every VM of the fleet belongs to a sandbox here, or is killed.
 //! - Operations on VMs outlive the client that asked for them; a sandbox that nobody learned of is
 //!   killed.
-//! - An API key is stored as a hash only; a sandbox's environment is not stored at all.
+//! - A snapshot in the store belongs to a template, a row here, or a paused sandbox, or is deleted.
+//! - One operation at a time freezes or restores a sandbox; only a kill waits for none.
+//! - An API key is stored as a hash only; a sandbox's environment only as long as the sandbox lives.
 
 mod db;
 mod error;
 pub mod fleet;
 pub mod keys;
 pub mod lifecycle;
+pub mod metrics;
 pub mod sandbox;
 mod secret;
 pub mod snapshot;
 pub mod template;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 pub use cubicle_protocol::ENVD_VERSION;
 
@@ -32,6 +35,7 @@ use self::{
     db::Db,
     fleet::SharedFleet,
     keys::Keys,
+    metrics::Metrics,
     sandbox::{Reconciled, SandboxConfig, Sandboxes},
     snapshot::{SnapshotConfig, Snapshots},
     template::Templates,
@@ -71,6 +75,8 @@ pub struct Control {
     pub sandboxes: Sandboxes,
     /// The past of sandboxes.
     pub snapshots: Snapshots,
+    /// What they all count.
+    pub metrics: Arc<Metrics>,
     /// The machines below.
     pub fleet: SharedFleet,
     db: Db,
@@ -83,10 +89,21 @@ impl Control {
         let db = Db::open(&config.database).await?;
         let keys = Keys::open(db.clone()).await?;
         let templates = Templates::open(db.clone(), fleet.clone()).await?;
+        let snapshot_store = snapshot::Store::new(db.clone());
+        let metrics = Arc::<Metrics>::default();
         let (sandboxes, reconciled) = Sandboxes::open(
             config.sandboxes,
             db.clone(),
             fleet.clone(),
+            templates.clone(),
+            snapshot_store.clone(),
+            Arc::clone(&metrics),
+        )
+        .await?;
+        let snapshots = Snapshots::open(
+            config.snapshots,
+            snapshot_store,
+            &sandboxes,
             templates.clone(),
         )
         .await?;
@@ -94,7 +111,8 @@ impl Control {
             Self {
                 keys,
                 templates,
-                snapshots: Snapshots::new(sandboxes.clone()),
+                snapshots,
+                metrics,
                 sandboxes,
                 fleet,
                 db,

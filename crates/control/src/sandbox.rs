@@ -10,6 +10,7 @@ mod end;
 mod fork;
 mod log;
 mod model;
+pub(crate) mod operation;
 mod pause;
 mod query;
 mod reconcile;
@@ -21,7 +22,7 @@ mod store;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use cubicle_ids::SandboxId;
+use cubicle_ids::{SandboxId, SnapshotId};
 use time::OffsetDateTime;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -39,18 +40,21 @@ pub use self::{
     resume::{Connected, ResumeSandbox},
     rollback::RolledBack,
 };
+pub(crate) use self::{deadline::Deadlines, registry::Entry};
 use self::{
-    deadline::Deadlines,
     log::Log,
     model::later,
-    registry::{Entry, Registry},
+    operation::{Operation, Underway},
+    registry::Registry,
     store::Store,
 };
 use crate::{
     db::{Db, now},
     error::{Error, Result},
-    fleet::{Level, SharedFleet},
+    fleet::{CreateOrder, Level, SharedFleet},
     lifecycle::State,
+    metrics::Metrics,
+    snapshot::{self, Trash},
     template::Templates,
 };
 
@@ -63,6 +67,12 @@ pub struct SandboxConfig {
     pub first_sample_after: Duration,
     /// How long the row and the log of a dead sandbox are kept, and its idempotency key honoured.
     pub keep_dead: Duration,
+    /// How long a sandbox whose time is up may run on while it cannot be paused.
+    pub auto_pause_patience: Duration,
+    /// How long a guest may take to write out its caches before only its disks are kept.
+    pub quiesce: Duration,
+    /// Copies of a fork that are restored at the same time.
+    pub fork_at_once: usize,
     /// How long a kill may take before its caller is told that it goes on in the background.
     pub kill_patience: Duration,
 }
@@ -73,6 +83,9 @@ impl Default for SandboxConfig {
             sample_every: Duration::from_secs(5),
             first_sample_after: Duration::from_millis(500),
             keep_dead: Duration::from_secs(24 * 3600),
+            auto_pause_patience: Duration::from_secs(300),
+            quiesce: Duration::from_secs(2),
+            fork_at_once: 8,
             kill_patience: Duration::from_secs(30),
         }
     }
@@ -81,20 +94,24 @@ impl Default for SandboxConfig {
 /// The sandboxes of this server. Cheap to clone.
 #[derive(Clone)]
 pub struct Sandboxes {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-struct Inner {
+/// What the service shares with its tasks, and with the service of snapshots.
+pub(crate) struct Inner {
     config: SandboxConfig,
-    fleet: SharedFleet,
+    pub(crate) fleet: SharedFleet,
     templates: Templates,
     store: Store,
-    log: Log,
+    snapshots: snapshot::Store,
+    pub(crate) trash: Trash,
+    pub(crate) log: Log,
     registry: Registry,
-    deadlines: Deadlines,
+    deadlines: Deadlines<SandboxId>,
+    pub(crate) metrics: Arc<Metrics>,
     /// Every task that must end before the server may.
-    tasks: TaskTracker,
-    stopping: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stopping: CancellationToken,
 }
 
 impl Sandboxes {
@@ -105,22 +122,28 @@ impl Sandboxes {
         db: Db,
         fleet: SharedFleet,
         templates: Templates,
+        snapshots: snapshot::Store,
+        metrics: Arc<Metrics>,
     ) -> Result<(Self, Reconciled)> {
         let tasks = TaskTracker::new();
+        let stopping = CancellationToken::new();
         let (log, log_writer) = Log::open(db.clone());
         // Not tracked: it ends with the last `Log`, which the tracked tasks hold.
         tokio::spawn(log_writer);
         let this = Self {
             inner: Arc::new(Inner {
                 config,
+                trash: Trash::new(fleet.clone(), tasks.clone(), stopping.clone()),
                 fleet,
                 templates,
                 store: Store::new(db),
+                snapshots,
                 log,
                 registry: Registry::default(),
                 deadlines: Deadlines::default(),
+                metrics,
                 tasks,
-                stopping: CancellationToken::new(),
+                stopping,
             }),
         };
         // Subscribed before the comparison, so that nothing that happens in between is missed.
@@ -185,29 +208,6 @@ impl Sandboxes {
         self.inner
             .move_end(&entry, |sandbox| later(sandbox.end_at, lifetime.end(now())))
             .await
-    }
-
-    /// What a client needs in order to use a sandbox that runs already; gives it at least
-    /// `lifetime` from now.
-    pub async fn connect(&self, id: &SandboxId, lifetime: Lifetime) -> Result<Connected> {
-        let entry = self.inner.visible(id)?;
-        let state = entry.sandbox().state;
-        if state != State::Running {
-            let why = "it cannot be connected to";
-            return Err(Error::Conflict {
-                id: id.clone(),
-                state,
-                why,
-            });
-        }
-        self.inner
-            .move_end(&entry, |sandbox| later(sandbox.end_at, lifetime.end(now())))
-            .await
-            .map(|sandbox| Connected {
-                sandbox,
-                resumed: false,
-                phases: Vec::new(),
-            })
     }
 
     /// What a sandbox used, sampled every few seconds, oldest first, both ends included. Half an
@@ -290,13 +290,60 @@ impl Inner {
             .ok_or_else(|| Error::SandboxNotFound { id: id.clone() })
     }
 
+    /// Begins to do something with a running sandbox, or says what is in its way.
+    pub(crate) fn begin(
+        &self,
+        id: &SandboxId,
+        operation: Operation,
+        why: &'static str,
+    ) -> Result<(Arc<Entry>, Underway)> {
+        if self.stopping.is_cancelled() {
+            return Err(Error::ShuttingDown);
+        }
+        let entry = self.visible(id)?;
+        let underway = entry.slot.begin(operation).map_err(|ongoing| Error::Busy {
+            id: id.clone(),
+            doing: ongoing.operation.as_str(),
+        })?;
+        // From here on only its end changes its state.
+        match entry.sandbox().state {
+            State::Running => Ok((entry, underway)),
+            state if state.visible().is_some() => Err(Error::Conflict {
+                id: id.clone(),
+                state,
+                why,
+            }),
+            _ => Err(Error::SandboxNotFound { id: id.clone() }),
+        }
+    }
+
+    /// How long a guest may take to write out its caches before it is frozen anyway. With its
+    /// memory they are kept, too.
+    pub(crate) fn quiesce(&self, memory: bool) -> Option<Duration> {
+        (!memory).then_some(self.config.quiesce)
+    }
+
+    /// Writes a sandbox down as it is now.
+    async fn save(&self, entry: &Entry) -> Result<()> {
+        let _last_writer_writes_the_latest = entry.row.lock().await;
+        self.store.update(&entry.sandbox()).await
+    }
+
+    /// Has the timer follow a sandbox's end.
+    fn follow_end(&self, entry: &Entry) {
+        self.deadlines.set(&entry.sandbox().id, || {
+            let sandbox = entry.sandbox();
+            sandbox.end_at.filter(|_| sandbox.state.visible().is_some())
+        });
+    }
+
     /// Moves the end of a sandbox: in the database first, then in memory and for the timer.
     async fn move_end(
         &self,
         entry: &Entry,
         end: impl FnOnce(&Sandbox) -> Option<OffsetDateTime>,
     ) -> Result<Arc<Sandbox>> {
-        let _one_at_a_time = entry.end_change.lock().await;
+        let _one_at_a_time = entry.row.lock().await;
         let before = entry.sandbox();
         let not_found = || Error::SandboxNotFound {
             id: before.id.clone(),
@@ -306,24 +353,31 @@ impl Inner {
         if end_at == before.end_at {
             return Ok(before);
         }
-        self.store
-            .update(&Sandbox {
-                end_at,
-                ..Sandbox::clone(&before)
-            })
-            .await?;
+        self.store.set_end(&before.id, end_at).await?;
         let after = entry
             .change(|sandbox| sandbox.end_at = end_at)
             .ok_or_else(not_found)?;
-        self.deadlines.change(&after.id, before.end_at, end_at);
+        self.follow_end(entry);
         Ok(after)
+    }
+}
+
+/// What a machine needs to restore a sandbox that exists already.
+fn order(sandbox: &Sandbox, snapshot: SnapshotId) -> CreateOrder {
+    CreateOrder {
+        id: sandbox.id.clone(),
+        snapshot,
+        template: sandbox.template.clone(),
+        env_vars: sandbox.env_vars.clone(),
+        envd_token: sandbox.envd_token.clone(),
+        network: sandbox.network.clone(),
     }
 }
 
 /// A running sandbox for tests of this module's parts.
 #[cfg(test)]
 fn test_sandbox() -> Sandbox {
-    use cubicle_ids::{SnapshotId, TemplateId};
+    use cubicle_ids::TemplateId;
     Sandbox {
         id: SandboxId::generate(),
         template: TemplateId::generate(),

@@ -29,12 +29,14 @@ use crate::{
     db::Db,
     error::{Error, Result},
     fleet::SharedFleet,
+    snapshot,
 };
 
 /// The templates of this server. Cheap to clone.
 #[derive(Clone)]
 pub struct Templates {
     store: Store,
+    snapshots: snapshot::Store,
     fleet: SharedFleet,
     /// Builds under way, and how many lines each has logged.
     running: Arc<Mutex<HashMap<Uuid, watch::Sender<u64>>>>,
@@ -44,6 +46,7 @@ pub struct Templates {
 impl Templates {
     pub(crate) async fn open(db: Db, fleet: SharedFleet) -> Result<Self> {
         let this = Self {
+            snapshots: snapshot::Store::new(db.clone()),
             store: Store::new(db),
             fleet,
             running: Arc::default(),
@@ -79,13 +82,23 @@ impl Templates {
 
     /// The id of that template, if there is one. Tags are not looked at.
     pub async fn find_id(&self, reference: &str) -> Result<Option<TemplateId>> {
-        match reference.parse::<Reference>() {
-            Ok(reference) => self.store.find(&reference.name).await,
-            Err(_) => Ok(None),
+        let Ok(reference) = reference.parse::<Reference>() else {
+            return Ok(None);
+        };
+        if let Some(id) = self.store.find(&reference.name).await? {
+            return Ok(Some(id));
         }
+        // What is made from a snapshot has that in the place of its template.
+        let snapshot = self.snapshots.find(&reference).await?;
+        Ok(snapshot.and_then(|snapshot| snapshot.id.as_str().parse().ok()))
     }
 
-    /// What a sandbox is to be made from.
+    /// Whether a name for people stands for a template.
+    pub(crate) async fn has_alias(&self, name: &str) -> Result<bool> {
+        Ok(self.store.find(name).await?.is_some())
+    }
+
+    /// What a sandbox is to be made from: a template or a snapshot.
     pub async fn resolve(&self, reference: &str) -> Result<Resolved> {
         let not_found = || Error::TemplateNotFound {
             reference: shorten(reference),
@@ -94,7 +107,10 @@ impl Templates {
         if let Some(resolved) = self.store.resolve(&parsed).await? {
             return Ok(resolved);
         }
-        let id = self.store.find(&parsed.name).await?.ok_or_else(not_found)?;
+        let Some(id) = self.store.find(&parsed.name).await? else {
+            let snapshot = self.snapshots.resolve(&parsed).await?;
+            return snapshot.ok_or_else(not_found);
+        };
         let template = self
             .store
             .load(Some(&id))
@@ -193,7 +209,7 @@ impl Templates {
 }
 
 /// What a client sent, short enough to send back.
-fn shorten(text: &str) -> String {
+pub(crate) fn shorten(text: &str) -> String {
     const MAX: usize = 100;
     let mut short: String = text.chars().take(MAX).collect();
     if short.len() < text.len() {

@@ -62,18 +62,18 @@ async fn a_sandbox_is_created_found_given_time_and_killed() {
         .connect(&sandbox.id, lifetime)
         .await
         .expect("connect");
-    assert!(longer.end_at > sandbox.end_at, "connect extends");
-    assert_eq!(longer.envd_token, sandbox.envd_token);
+    assert!(longer.sandbox.end_at > sandbox.end_at, "connect extends");
+    assert_eq!(longer.sandbox.envd_token, sandbox.envd_token);
     let never = sandboxes
         .connect(&sandbox.id, Lifetime::Never)
         .await
         .expect("connect for ever");
-    assert_eq!(never.end_at, None);
+    assert_eq!(never.sandbox.end_at, None);
     let still = sandboxes
         .connect(&sandbox.id, lifetime)
         .await
         .expect("connect");
-    assert_eq!(still.end_at, None, "and never shortens that");
+    assert_eq!(still.sandbox.end_at, None, "and never shortens that");
 
     sandboxes.kill(&sandbox.id).await.expect("kill");
     assert!(plane.fleet.alive().is_empty());

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     db::now,
     error::{Error, Result},
-    fleet::{CreateOrder, FleetError, Level, NetworkOptions, Phase},
+    fleet::{FleetError, Level, NetworkOptions, Phase},
     lifecycle::{Event, State},
     secret,
     template::Resolved,
@@ -96,6 +96,7 @@ impl Sandboxes {
 impl Inner {
     async fn create(self: &Arc<Self>, request: CreateSandbox) -> Result<Creation> {
         let mut clock = Clock::start();
+        request.lifecycle.check()?;
         let resolved = self.templates.resolve(&request.template).await?;
         clock.lap("resolve");
         let sandbox = new_sandbox(&request, &resolved);
@@ -108,29 +109,56 @@ impl Inner {
         }
         clock.lap("record");
 
-        let id = sandbox.id.clone();
-        let entry = self.registry.insert(sandbox);
-        let order = CreateOrder {
-            id: id.clone(),
-            snapshot: resolved.snapshot.clone(),
-            template: resolved.template.clone(),
-            env_vars: request.env_vars,
-            envd_token: entry.sandbox().envd_token.clone(),
-            network: request.network,
+        match self.bring_up(sandbox, clock).await {
+            Ok(creation) => {
+                self.templates.count_spawn(&resolved.template);
+                Ok(creation)
+            }
+            Err(Error::Fleet(FleetError::NoSnapshot { id })) => {
+                // It may have been deleted a moment ago; then that is the answer.
+                self.templates.resolve(&request.template).await?;
+                Err(Error::SnapshotLost {
+                    id,
+                    reference: request.template,
+                })
+            }
+            Err(error) => {
+                self.note_damage(&error).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Marks the snapshot that turned out to be damaged.
+    pub(super) async fn note_damage(&self, error: &Error) {
+        use crate::snapshot::SnapshotState as S;
+        let Error::Fleet(FleetError::Damaged { id, reason }) = error else {
+            return;
         };
+        tracing::error!(snapshot = %id, reason, "a snapshot is damaged");
+        let marked = self
+            .snapshots
+            .change(id, &[S::Ready], S::Failed, Some(reason));
+        if let Err(error) = marked.await {
+            tracing::error!(snapshot = %id, %error, "and that is not on record");
+        }
+    }
+
+    /// Has a sandbox that is on record restored and makes it visible.
+    pub(super) async fn bring_up(
+        self: &Arc<Self>,
+        sandbox: Sandbox,
+        mut clock: Clock,
+    ) -> Result<Creation> {
+        let order = super::order(&sandbox, sandbox.snapshot.clone());
+        let (entry, underway) = self.registry.insert_creating(sandbox);
         let created = self.fleet.create(order).await;
-        entry.settled.cancel();
+        drop(underway);
         let created = match created {
             Ok(created) => created,
             Err(error) => {
                 self.creation_failed(&entry, &error).await;
-                return Err(match error {
-                    FleetError::NoSnapshot { id } => Error::SnapshotLost {
-                        id,
-                        reference: request.template,
-                    },
-                    error => error.into(),
-                });
+                return Err(error.into());
             }
         };
         clock
@@ -138,12 +166,9 @@ impl Inner {
             .extend(created.phases.into_iter().map(of_fleet));
         clock.skip();
 
-        let sandbox = self
-            .came_alive(&entry, created.generation, request.lifetime)
-            .await?;
+        let sandbox = self.came_alive(&entry, created.generation).await?;
         clock.lap("publish");
         sampler::sample_soon(self, entry);
-        self.templates.count_spawn(&resolved.template);
         Ok(Creation {
             sandbox,
             phases: clock.phases,
@@ -156,13 +181,12 @@ impl Inner {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         generation: u64,
-        lifetime: Lifetime,
     ) -> Result<Arc<Sandbox>> {
         let started_at = now();
         let moved = entry.apply(Event::Created, |sandbox| {
             sandbox.generation = generation;
             sandbox.started_at = started_at;
-            sandbox.end_at = lifetime.end(started_at);
+            sandbox.end_at = sandbox.lifetime.end(started_at);
         });
         let Some(moved) = moved.filter(|moved| moved.sandbox.state == State::Running) else {
             // Whoever killed it meanwhile has been waiting for `settled` and tears it down.
@@ -171,11 +195,11 @@ impl Inner {
             });
         };
         let sandbox = moved.sandbox;
-        if let Err(error) = self.store.update(&sandbox).await {
+        if let Err(error) = self.save(entry).await {
             self.begin_end(entry, EndReason::CreateFailed, |_| true);
             return Err(error);
         }
-        self.deadlines.change(&sandbox.id, None, sandbox.end_at);
+        self.follow_end(entry);
         self.log.line(
             &sandbox.id,
             Level::Info,
@@ -236,7 +260,6 @@ impl Inner {
 }
 
 fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
-    let closed = request.network.allow_public_traffic == Some(false);
     Sandbox {
         id: SandboxId::generate(),
         template: resolved.template.clone(),
@@ -246,8 +269,8 @@ fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
         state: State::Creating,
         metadata: request.metadata.clone(),
         network: request.network.clone(),
-        envd_token: secret::hex(TOKEN_BYTES),
-        traffic_token: closed.then(|| secret::hex(TOKEN_BYTES)),
+        envd_token: token(),
+        traffic_token: traffic_token(&request.network),
         envd_version: resolved.envd_version.clone(),
         cpu_count: resolved.cpu_count,
         memory_mib: resolved.memory_mib,
@@ -264,8 +287,18 @@ fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
     }
 }
 
+/// A fresh access token.
+pub(super) fn token() -> String {
+    secret::hex(TOKEN_BYTES)
+}
+
+/// A fresh token for traffic, if the ports are not public.
+pub(super) fn traffic_token(network: &NetworkOptions) -> Option<String> {
+    (network.allow_public_traffic == Some(false)).then(token)
+}
+
 /// What the fleet calls its total is a part of ours.
-fn of_fleet(phase: Phase) -> Phase {
+pub(super) fn of_fleet(phase: Phase) -> Phase {
     if phase.name == "total" {
         Phase {
             name: "fleet",
@@ -277,20 +310,20 @@ fn of_fleet(phase: Phase) -> Phase {
 }
 
 /// Times consecutive steps.
-struct Clock {
-    phases: Vec<Phase>,
+pub(super) struct Clock {
+    pub(super) phases: Vec<Phase>,
     last: Instant,
 }
 
 impl Clock {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         Self {
             phases: Vec::new(),
             last: Instant::now(),
         }
     }
 
-    fn lap(&mut self, name: &'static str) {
+    pub(super) fn lap(&mut self, name: &'static str) {
         self.phases.push(Phase {
             name,
             took: self.last.elapsed(),
@@ -298,7 +331,7 @@ impl Clock {
         self.skip();
     }
 
-    fn skip(&mut self) {
+    pub(super) fn skip(&mut self) {
         self.last = Instant::now();
     }
 }

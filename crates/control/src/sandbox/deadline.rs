@@ -1,59 +1,78 @@
-//! One task for every timeout: the ends of all sandboxes in order, and a sleep until the first.
+//! One task for every timeout: the ends of all sandboxes (or snapshots) in order, and a sleep until
+//! the first.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
+    hash::Hash,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use cubicle_ids::SandboxId;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 
 /// Longest sleep: ends are wall-clock times, and that clock may be set.
 const MAX_SLEEP: Duration = Duration::from_secs(30);
 
-/// The end of each sandbox that has one.
-#[derive(Debug, Default)]
-pub(crate) struct Deadlines {
-    ends: Mutex<BTreeSet<(OffsetDateTime, SandboxId)>>,
+/// The end of each thing that has one.
+#[derive(Debug)]
+pub(crate) struct Deadlines<K> {
+    ends: Mutex<Ends<K>>,
     earlier: Notify,
 }
 
-impl Deadlines {
-    /// Moves a sandbox's end; `None` is no end.
-    pub(crate) fn change(
-        &self,
-        id: &SandboxId,
-        old: Option<OffsetDateTime>,
-        new: Option<OffsetDateTime>,
-    ) {
-        let mut ends = self.ends();
-        if let Some(old) = old {
-            ends.remove(&(old, id.clone()));
+#[derive(Debug)]
+struct Ends<K> {
+    of: HashMap<K, OffsetDateTime>,
+    in_order: BTreeSet<(OffsetDateTime, K)>,
+}
+
+impl<K> Default for Deadlines<K> {
+    fn default() -> Self {
+        Self {
+            ends: Mutex::new(Ends {
+                of: HashMap::new(),
+                in_order: BTreeSet::new(),
+            }),
+            earlier: Notify::new(),
         }
-        if let Some(new) = new {
-            ends.insert((new, id.clone()));
-            if ends.first().is_some_and(|(_, first)| first == id) {
+    }
+}
+
+impl<K: Clone + Ord + Hash> Deadlines<K> {
+    /// Moves an end; `None` is no end. `end` is asked when nobody else can move it, so that of
+    /// several that follow one source the last one follows its last word.
+    pub(crate) fn set(&self, id: &K, end: impl FnOnce() -> Option<OffsetDateTime>) {
+        let mut ends = self.ends();
+        if let Some(old) = ends.of.remove(id) {
+            ends.in_order.remove(&(old, id.clone()));
+        }
+        if let Some(end) = end() {
+            ends.of.insert(id.clone(), end);
+            ends.in_order.insert((end, id.clone()));
+            if ends.in_order.first().is_some_and(|(_, first)| first == id) {
                 self.earlier.notify_one();
             }
         }
     }
 
     /// Waits until at least one end has come, and takes those that have.
-    pub(crate) async fn due(&self) -> Vec<SandboxId> {
+    pub(crate) async fn due(&self) -> Vec<K> {
         loop {
             let wait = {
                 let mut ends = self.ends();
                 let now = OffsetDateTime::now_utc();
                 let mut due = Vec::new();
-                while ends.first().is_some_and(|(end, _)| *end <= now) {
-                    due.extend(ends.pop_first().map(|(_, id)| id));
+                while ends.in_order.first().is_some_and(|(end, _)| *end <= now) {
+                    due.extend(ends.in_order.pop_first().map(|(_, id)| id));
+                }
+                for id in &due {
+                    ends.of.remove(id);
                 }
                 if !due.is_empty() {
                     return due;
                 }
-                ends.first().map_or(MAX_SLEEP, |(end, _)| {
+                ends.in_order.first().map_or(MAX_SLEEP, |(end, _)| {
                     Duration::try_from(*end - now)
                         .unwrap_or_default()
                         .min(MAX_SLEEP)
@@ -66,13 +85,13 @@ impl Deadlines {
         }
     }
 
-    /// How many sandboxes have an end.
+    /// How many have an end.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn len(&self) -> usize {
-        self.ends().len()
+        self.ends().of.len()
     }
 
-    fn ends(&self) -> MutexGuard<'_, BTreeSet<(OffsetDateTime, SandboxId)>> {
+    fn ends(&self) -> MutexGuard<'_, Ends<K>> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -80,6 +99,8 @@ impl Deadlines {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+
+    use cubicle_ids::SandboxId;
 
     use super::*;
 
@@ -89,18 +110,18 @@ mod tests {
         let (a, b) = (SandboxId::generate(), SandboxId::generate());
         let now = OffsetDateTime::now_utc();
         let far = now + Duration::from_secs(3600);
-        deadlines.change(&a, None, Some(far));
+        deadlines.set(&a, || Some(far));
         let waiter = tokio::spawn({
             let deadlines = Arc::clone(&deadlines);
             async move { deadlines.due().await }
         });
         tokio::task::yield_now().await;
-        deadlines.change(&b, None, Some(now));
+        deadlines.set(&b, || Some(now));
         assert_eq!(waiter.await.expect("due"), [b]);
-        deadlines.change(&a, Some(far), Some(now));
+        deadlines.set(&a, || Some(now));
         assert_eq!(deadlines.due().await, std::slice::from_ref(&a));
-        deadlines.change(&a, None, Some(far));
-        deadlines.change(&a, Some(far), None);
+        deadlines.set(&a, || Some(far));
+        deadlines.set(&a, || None);
         assert_eq!(deadlines.len(), 0, "no end leaves nothing behind");
     }
 }

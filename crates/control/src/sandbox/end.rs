@@ -69,6 +69,11 @@ impl Inner {
         let Some(entry) = self.registry.get(id) else {
             return;
         };
+        let ongoing = entry.slot.current();
+        if ongoing.is_some_and(|ongoing| ongoing.operation.ends_vm()) {
+            // Perhaps it was asked to end; see `look_after`.
+            return;
+        }
         let current = |sandbox: &Sandbox| sandbox.generation == generation;
         if entry
             .apply_if(Event::Exited, current, |_| ())
@@ -87,16 +92,27 @@ impl Inner {
         });
     }
 
+    /// After an operation that may end a VM, during which ends were not listened to: is the VM
+    /// that should be there?
+    pub(super) fn look_after(self: &Arc<Self>, entry: &Entry) {
+        let sandbox = entry.sandbox();
+        if sandbox.state == State::Running
+            && self.fleet.generation(&sandbox.id) != Some(sandbox.generation)
+        {
+            self.exited(&sandbox.id, sandbox.generation);
+        }
+    }
+
     async fn tear_down(&self, entry: &Arc<Entry>, reason: EndReason) {
         let sandbox = entry.sandbox();
-        if let Err(error) = self.store.update(&sandbox).await {
+        if let Err(error) = self.save(entry).await {
             // Only a restart in this very moment would miss it, and then its timeout ends it.
             tracing::warn!(sandbox = %sandbox.id, %error, "the kill is not on record");
         }
         let mut released = self.release(&sandbox).await;
-        if !entry.settled.is_cancelled() {
-            // The machine may have begun to create it after it was told to release it.
-            entry.settled.cancelled().await;
+        if let Some(ongoing) = entry.slot.current() {
+            // The machine may have begun to restore it after it was told to release it.
+            ongoing.made_room().await;
             released = self.release(&sandbox).await;
         }
         if !released {
@@ -108,7 +124,7 @@ impl Inner {
 
     /// Has the machine release everything of a sandbox, however often it takes to ask. False: the
     /// server stops first; its row says that it is to die, and the next start goes on from there.
-    async fn release(&self, sandbox: &Sandbox) -> bool {
+    pub(super) async fn release(&self, sandbox: &Sandbox) -> bool {
         let mut pause = RETRY_AFTER;
         while let Err(error) = self.fleet.kill(&sandbox.id).await {
             tracing::error!(sandbox = %sandbox.id, %error, "cannot release it, trying again");
@@ -124,7 +140,10 @@ impl Inner {
     /// Drops a dead sandbox from memory and writes down its end.
     pub(super) async fn forget(&self, entry: &Arc<Entry>, reason: EndReason) {
         let sandbox = entry.sandbox();
-        self.deadlines.change(&sandbox.id, sandbox.end_at, None);
+        self.deadlines.set(&sandbox.id, || None);
+        if let Some(pause) = &sandbox.pause {
+            self.trash.discard(pause.snapshot.clone());
+        }
         let fields = [("reason", reason.as_str().to_owned())];
         self.log
             .line(&sandbox.id, Level::Info, "sandbox ended", fields);

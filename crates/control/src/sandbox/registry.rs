@@ -11,7 +11,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     lifecycle::{Event, State, next},
-    sandbox::{EndReason, Sample, Sandbox},
+    sandbox::{
+        EndReason, Sample, Sandbox,
+        operation::{Operation, Slot, Underway},
+    },
 };
 
 /// Samples kept per sandbox: half an hour at one every five seconds, 26 KiB.
@@ -28,10 +31,10 @@ pub(crate) struct Registry {
 pub(crate) struct Entry {
     current: Mutex<Arc<Sandbox>>,
     samples: Mutex<VecDeque<Sample>>,
-    /// Held while its end is changed in the database and in memory, so that both agree.
-    pub(crate) end_change: tokio::sync::Mutex<()>,
-    /// Cancelled once no creation of it is under way.
-    pub(crate) settled: CancellationToken,
+    /// Held while its row is written, so that the last writer writes the latest.
+    pub(crate) row: tokio::sync::Mutex<()>,
+    /// What is being done with its VM.
+    pub(crate) slot: Slot,
     end_reason: Mutex<Option<EndReason>>,
     /// Cancelled once it is dead, released and on record as such.
     pub(crate) dead: CancellationToken,
@@ -49,8 +52,8 @@ impl Entry {
         Self {
             current: Mutex::new(Arc::new(sandbox)),
             samples: Mutex::default(),
-            end_change: tokio::sync::Mutex::default(),
-            settled: CancellationToken::new(),
+            row: tokio::sync::Mutex::default(),
+            slot: Slot::default(),
             end_reason: Mutex::default(),
             dead: CancellationToken::new(),
         }
@@ -128,8 +131,19 @@ impl Entry {
 
 impl Registry {
     pub(crate) fn insert(&self, sandbox: Sandbox) -> Arc<Entry> {
-        let id = sandbox.id.clone();
-        let entry = Arc::new(Entry::new(sandbox));
+        self.publish(Entry::new(sandbox))
+    }
+
+    /// Like [`Self::insert`], of a sandbox that is just being created.
+    pub(crate) fn insert_creating(&self, sandbox: Sandbox) -> (Arc<Entry>, Option<Underway>) {
+        let entry = Entry::new(sandbox);
+        // Nobody else has seen the entry, so its slot is free.
+        let underway = entry.slot.begin(Operation::Create).ok();
+        (self.publish(entry), underway)
+    }
+
+    fn publish(&self, entry: Entry) -> Arc<Entry> {
+        let (id, entry) = (entry.sandbox().id.clone(), Arc::new(entry));
         self.entries
             .write()
             .unwrap_or_else(PoisonError::into_inner)

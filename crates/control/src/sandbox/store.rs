@@ -1,6 +1,8 @@
 //! Sandboxes in the database.
 
-use cubicle_ids::SandboxId;
+use std::time::Duration;
+
+use cubicle_ids::{SandboxId, SnapshotId};
 use sqlx::{Row as _, sqlite::SqliteRow};
 use time::OffsetDateTime;
 
@@ -8,7 +10,7 @@ use crate::{
     db::{Db, from_micros, now, to_micros},
     error::{Error, Result},
     lifecycle::State,
-    sandbox::{EndReason, Idempotency, Sandbox},
+    sandbox::{EndReason, Idempotency, LifecycleOptions, Lifetime, Pause, PauseMode, Sandbox},
 };
 
 /// The `sandboxes` and `idempotency_keys` tables.
@@ -61,8 +63,9 @@ impl Store {
         sqlx::query(
             "INSERT INTO sandboxes (id, template_id, build_id, snapshot_id, alias, state, metadata,
                  network, envd_token, traffic_token, envd_version, cpu_count, memory_mib, disk_mib,
-                 generation, started_at, end_at)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                 generation, started_at, end_at, lifetime, env_vars, base_id, auto_pause,
+                 auto_pause_memory, auto_resume)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(sandbox.id.as_str())
         .bind(sandbox.template.as_str())
@@ -81,6 +84,12 @@ impl Store {
         .bind(i64::try_from(sandbox.generation).unwrap_or(i64::MAX))
         .bind(to_micros(sandbox.started_at))
         .bind(sandbox.end_at.map(to_micros))
+        .bind(lifetime_micros(sandbox.lifetime))
+        .bind(json(&sandbox.env_vars))
+        .bind(sandbox.base.as_str())
+        .bind(sandbox.lifecycle.auto_pause)
+        .bind(sandbox.lifecycle.auto_pause_memory)
+        .bind(sandbox.lifecycle.auto_resume)
         .execute(&mut *tx)
         .await
         .map_err(Error::database(doing))?;
@@ -101,16 +110,25 @@ impl Store {
         Ok(None)
     }
 
-    /// Writes down what can change in a life: state, generation, start and end.
+    /// Writes down all that can change in a life.
     pub(crate) async fn update(&self, sandbox: &Sandbox) -> Result<()> {
         sqlx::query(
-            "UPDATE sandboxes SET state = ?, generation = ?, started_at = ?, end_at = ?
+            "UPDATE sandboxes SET state = ?, generation = ?, started_at = ?, end_at = ?,
+                 snapshot_id = ?, base_id = ?, auto_pause = ?, pause_snapshot = ?, pause_mode = ?,
+                 pause_at = ?, rollback_to = ?
              WHERE id = ? AND state <> 'dead'",
         )
         .bind(sandbox.state.as_str())
         .bind(i64::try_from(sandbox.generation).unwrap_or(i64::MAX))
         .bind(to_micros(sandbox.started_at))
         .bind(sandbox.end_at.map(to_micros))
+        .bind(sandbox.snapshot.as_str())
+        .bind(sandbox.base.as_str())
+        .bind(sandbox.lifecycle.auto_pause)
+        .bind(sandbox.pause.as_ref().map(|pause| pause.snapshot.as_str()))
+        .bind(sandbox.pause.as_ref().map(|pause| pause.mode.as_str()))
+        .bind(sandbox.pause.as_ref().map(|pause| to_micros(pause.at)))
+        .bind(sandbox.rollback_to.as_ref().map(SnapshotId::as_str))
         .bind(sandbox.id.as_str())
         .execute(&self.db.write)
         .await
@@ -118,7 +136,22 @@ impl Store {
         Ok(())
     }
 
-    /// Writes down the end of a sandbox. Its row stays until [`Self::prune`], for its log. One that
+    /// Writes down when a sandbox's time is up, and nothing else.
+    pub(crate) async fn set_end(
+        &self,
+        id: &SandboxId,
+        end_at: Option<OffsetDateTime>,
+    ) -> Result<()> {
+        sqlx::query("UPDATE sandboxes SET end_at = ? WHERE id = ? AND state <> 'dead'")
+            .bind(end_at.map(to_micros))
+            .bind(id.as_str())
+            .execute(&self.db.write)
+            .await
+            .map_err(Error::database("move the end of a sandbox"))?;
+        Ok(())
+    }
+
+    /// Writes down the end of a sandbox and forgets its environment. Its row stays until [`Self::prune`], for its log. One that
     /// never came to life gives its idempotency key back: a retry may succeed.
     pub(crate) async fn bury(&self, id: &SandboxId, reason: EndReason) -> Result<()> {
         let doing = "record the end of a sandbox";
@@ -136,7 +169,9 @@ impl Store {
                 .map_err(Error::database(doing))?;
         }
         sqlx::query(
-            "UPDATE sandboxes SET state = 'dead', ended_at = ?, end_reason = ? WHERE id = ?",
+            "UPDATE sandboxes SET state = 'dead', ended_at = ?, end_reason = ?, env_vars = '[]',
+                 pause_snapshot = NULL, pause_mode = NULL, pause_at = NULL, rollback_to = NULL
+             WHERE id = ?",
         )
         .bind(to_micros(now()))
         .bind(reason.as_str())
@@ -199,13 +234,48 @@ fn from_row(row: &SqliteRow) -> Result<Sandbox> {
         generation: row.get::<i64, _>("generation").unsigned_abs(),
         started_at: from_micros(row.get("started_at")),
         end_at: row.get::<Option<i64>, _>("end_at").map(from_micros),
-        lifetime: crate::sandbox::Lifetime::Never,
-        lifecycle: crate::sandbox::LifecycleOptions::default(),
-        env_vars: Vec::new(),
-        base: parse(what(), &text("snapshot_id"))?,
-        pause: None,
-        rollback_to: None,
+        lifetime: row
+            .get::<Option<i64>, _>("lifetime")
+            .map_or(Lifetime::Never, |micros| {
+                Lifetime::For(Duration::from_micros(micros.unsigned_abs()))
+            }),
+        lifecycle: LifecycleOptions {
+            auto_pause: row.get("auto_pause"),
+            auto_pause_memory: row.get("auto_pause_memory"),
+            auto_resume: row.get("auto_resume"),
+        },
+        env_vars: serde_json::from_str(&text("env_vars")).map_err(|e| Error::damaged(what(), e))?,
+        base: parse(what(), &text("base_id"))?,
+        pause: pause(row, what)?,
+        rollback_to: row
+            .get::<Option<String>, _>("rollback_to")
+            .map(|id| parse(what(), &id))
+            .transpose()?,
     })
+}
+
+fn pause(row: &SqliteRow, what: impl Fn() -> String) -> Result<Option<Pause>> {
+    let (Some(snapshot), Some(mode), Some(at)) = (
+        row.get::<Option<String>, _>("pause_snapshot"),
+        row.get::<Option<String>, _>("pause_mode"),
+        row.get::<Option<i64>, _>("pause_at"),
+    ) else {
+        return Ok(None);
+    };
+    Ok(Some(Pause {
+        snapshot: parse(what(), &snapshot)?,
+        mode: PauseMode::parse(&mode)
+            .ok_or_else(|| Error::damaged(what(), format!("pause mode {mode}")))?,
+        at: from_micros(at),
+    }))
+}
+
+/// `None`: never.
+fn lifetime_micros(lifetime: Lifetime) -> Option<i64> {
+    match lifetime {
+        Lifetime::For(span) => Some(i64::try_from(span.as_micros()).unwrap_or(i64::MAX)),
+        Lifetime::Never => None,
+    }
 }
 
 fn parse<T: std::str::FromStr>(what: impl Into<String>, text: &str) -> Result<T>
@@ -253,8 +323,25 @@ mod tests {
 
         sandbox.end_at = None;
         sandbox.generation = 7;
+        sandbox.state = State::Paused;
+        sandbox.snapshot = SnapshotId::generate();
+        sandbox.base = SnapshotId::generate();
+        sandbox.lifecycle.auto_pause = true;
+        sandbox.rollback_to = Some(SnapshotId::generate());
+        sandbox.pause = Some(Pause {
+            snapshot: SnapshotId::generate(),
+            mode: PauseMode::Filesystem,
+            at: now(),
+        });
         store.update(&sandbox).await.expect("update");
         assert_eq!(store.alive().await.expect("alive"), [sandbox.clone()]);
+        let end_at = Some(now());
+        store.set_end(&sandbox.id, end_at).await.expect("end");
+        let moved = Sandbox {
+            end_at,
+            ..sandbox.clone()
+        };
+        assert_eq!(store.alive().await.expect("alive"), [moved]);
 
         store
             .bury(&sandbox.id, EndReason::Timeout)
@@ -268,6 +355,7 @@ mod tests {
             State::Dead,
             "a late update must not raise the dead"
         );
+        assert_eq!((dead.env_vars, dead.pause), (Vec::new(), None));
 
         assert_eq!(
             store

@@ -1,16 +1,12 @@
-//! Which snapshots to list, and how they descend from each other.
+//! Which snapshots to list, and where the last page ended.
 
 use std::str::FromStr;
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use cubicle_ids::{SandboxId, SnapshotId, TemplateId};
-use time::OffsetDateTime;
+use cubicle_ids::{SandboxId, SnapshotId};
 
 use super::{Snapshot, SnapshotState};
-use crate::{
-    db::to_micros,
-    sandbox::{BadCursor, MAX_PAGE},
-};
+use crate::{db::to_micros, sandbox::BadCursor};
 
 /// A page of snapshots to list, newest first.
 #[derive(Debug, Clone, Default)]
@@ -23,7 +19,7 @@ pub struct SnapshotQuery {
     pub states: Vec<SnapshotState>,
     /// Where the last page ended.
     pub cursor: Option<SnapshotCursor>,
-    /// Most snapshots on the page, 1 to [`MAX_PAGE`]; `None`: [`MAX_PAGE`].
+    /// Most snapshots on the page, 1 to [`MAX_PAGE`](crate::sandbox::MAX_PAGE), which is also meant by `None`.
     pub limit: Option<usize>,
 }
 
@@ -76,34 +72,4 @@ impl FromStr for SnapshotCursor {
             Err(BadCursor)
         }
     }
-}
-
-/// A snapshot and what descends from it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TreeNode {
-    /// The snapshot.
-    pub id: SnapshotId,
-    /// What it is now.
-    pub what: TreeWhat,
-    /// What descends from it directly, oldest first.
-    pub children: Vec<TreeNode>,
-}
-
-/// What a place in the tree of snapshots is now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TreeWhat {
-    /// The snapshot of a template.
-    Template {
-        /// The template.
-        id: TemplateId,
-        /// Its name.
-        alias: Option<String>,
-    },
-    /// A snapshot.
-    Snapshot(Box<Snapshot>),
-    /// A snapshot that was deleted.
-    Deleted {
-        /// When it had been asked for, if that is still known.
-        created_at: Option<OffsetDateTime>,
-    },
 }

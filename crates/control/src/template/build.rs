@@ -122,6 +122,12 @@ impl Templates {
         let bad_name = |error: BadName| Error::invalid("name", error.to_string());
         let reference: Reference = request.name.parse().map_err(bad_name)?;
         reference.check_alias().map_err(bad_name)?;
+        if self.snapshots.has_name(&reference.name).await? {
+            return Err(Error::NameTaken {
+                name: reference.name,
+                what: "snapshot",
+            });
+        }
         if !request.tags.iter().all(|tag| is_tag(tag)) {
             return Err(Error::invalid("tags", BadName::Tag.to_string()));
         }

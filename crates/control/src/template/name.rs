@@ -10,6 +10,8 @@ pub(super) const MAX_TAG: usize = 64;
 pub const DEFAULT_TAG: &str = "default";
 /// Beginnings of ids that are not for aliases.
 const RESERVED: [&str; 2] = ["tpl-", "snap-"];
+/// Random characters after such a beginning in the ids that this server gives.
+const RANDOM: usize = 19;
 
 /// `name[:tag]`, where the name is an alias, a template id or a snapshot id.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +36,9 @@ pub enum BadName {
     /// The name looks like an id.
     #[error("a name must not begin with 'tpl-' or 'snap-': those are ids")]
     Reserved,
+    /// The name is what an id looks like.
+    #[error("a name must not look like the id of a snapshot or a template")]
+    Id,
 }
 
 impl FromStr for Reference {
@@ -80,6 +85,21 @@ impl Reference {
         }
         Ok(())
     }
+
+    /// Checks that the name may become a new name of snapshots. Clients call them anything, so
+    /// only what could be mistaken for an id that this server gives is refused.
+    ///
+    /// # Errors
+    /// [`BadName::Id`] if it reads like an id.
+    pub fn check_name(&self) -> Result<(), BadName> {
+        let is_random =
+            |tail: &str| tail.len() == RANDOM && tail.bytes().all(|b| b.is_ascii_alphanumeric());
+        let tail = |prefix| self.name.strip_prefix(prefix);
+        if RESERVED.into_iter().filter_map(tail).any(is_random) {
+            return Err(BadName::Id);
+        }
+        Ok(())
+    }
 }
 
 fn is_word(word: &str) -> bool {
@@ -99,6 +119,7 @@ pub fn is_tag(tag: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use cubicle_ids::{SnapshotId, TemplateId};
     use proptest::prelude::*;
 
     use super::*;
@@ -139,6 +160,15 @@ mod tests {
         }
         let reserved: Reference = "snap-x".parse().expect("well-formed");
         assert_eq!(reserved.check_alias(), Err(BadName::Reserved));
+        assert_eq!(reserved.check_name(), Ok(()), "clients call snapshots so");
+        let ids = [
+            SnapshotId::generate().to_string(),
+            TemplateId::generate().to_string(),
+        ];
+        for id in ids {
+            let id: Reference = id.parse().expect("well-formed");
+            assert_eq!(id.check_name(), Err(BadName::Id));
+        }
     }
 
     proptest! {
