@@ -180,7 +180,7 @@ fn captures(store: &Store, megabytes: usize, pattern: Pattern) {
     let image = store.root().path().join("image.img");
     let again = store.root().path().join("again.img");
     let [mut estimate, mut warm, mut cold] = [(); 3].map(|()| Vec::new());
-    let [mut write, mut second, mut nothing] = [(); 3].map(|()| Vec::new());
+    let [mut write, mut flush, mut second, mut nothing] = [(); 4].map(|()| Vec::new());
     let mut written = (0, 0, 0);
     for round in 0..ROUNDS {
         let mut vm = Vm::start(&base);
@@ -202,6 +202,9 @@ fn captures(store: &Store, megabytes: usize, pattern: Pattern) {
         let report = write_image(store.support(), base.as_path(), &dirty, &image).unwrap();
         write.push(Duration::from_micros(report.write_us));
         written.0 = report.bytes_written;
+        let started = Instant::now();
+        File::open(&image).unwrap().sync_data().unwrap();
+        flush.push(started.elapsed());
         // An idle VM's second snapshot.
         let report = write_image(store.support(), image.as_path(), &dirty, &again).unwrap();
         second.push(Duration::from_micros(report.write_us));
@@ -214,7 +217,7 @@ fn captures(store: &Store, megabytes: usize, pattern: Pattern) {
     let warm = median(warm);
     println!(
         "{megabytes:>3} MB in {pattern:?}: estimate {:.2} ms; freeze {:.2} ms ({:.3} ms/MB), by a buffer that \
-         is not resident {:.2}; write {:.1} ms ({} KB), of an idle VM over the last image {:.1} ({} KB), \
+         is not resident {:.2}; write {:.1} ms ({} KB), flush {:.1}; of an idle VM over the last image {:.1} ({} KB), \
          without a base {:.1} ({} KB)",
         ms(median(estimate)),
         ms(warm),
@@ -222,6 +225,7 @@ fn captures(store: &Store, megabytes: usize, pattern: Pattern) {
         ms(median(cold)),
         ms(median(write)),
         written.0 >> 10,
+        ms(median(flush)),
         ms(median(second)),
         written.1 >> 10,
         ms(median(nothing)),

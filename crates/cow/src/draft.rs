@@ -1,8 +1,10 @@
 //! A snapshot in the making.
 
 use std::{
+    fs::File,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use cubicle_ids::SnapshotId;
@@ -25,6 +27,8 @@ pub struct Draft {
     id: SnapshotId,
     kind: SnapshotKind,
     dir: PathBuf,
+    /// The image that the memory was laid over.
+    base: OnceLock<File>,
     published: bool,
 }
 
@@ -40,6 +44,7 @@ impl Draft {
             id,
             kind,
             dir,
+            base: OnceLock::new(),
             published: false,
         })
     }
@@ -92,7 +97,16 @@ impl Draft {
         base: impl Into<Base<'a>>,
         dirty: &Dirty,
     ) -> Result<MemoryReport> {
-        memory::write_image(self.store.support(), base, dirty, &self.memory_image())
+        let (report, base) = memory::write_image_over(
+            self.store.support(),
+            base.into(),
+            dirty,
+            &self.memory_image(),
+        )?;
+        if let Some(base) = base {
+            let _ = self.base.set(base);
+        }
+        Ok(report)
     }
 
     /// Makes the draft a snapshot. It can be restored when this returns; it is made durable in the
@@ -107,7 +121,8 @@ impl Draft {
         uncancelled(async move {
             // All of it moves in here: dropped elsewhere it would remove what is being published.
             let mut draft = self;
-            let snapshot = draft.store.publish(&draft.dir, manifest).await?;
+            let base = draft.base.take();
+            let snapshot = draft.store.publish(&draft.dir, manifest, base).await?;
             draft.published = true;
             Ok(snapshot)
         })

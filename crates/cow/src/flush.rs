@@ -1,14 +1,9 @@
-//! Makes snapshots durable, one after another, at low priority and outside everybody's way.
+//! Makes snapshots durable.
 
 use std::{
     fs::File,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
-    thread::JoinHandle,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
 };
 
 use cubicle_ids::SnapshotId;
@@ -18,9 +13,11 @@ use crate::{
     digest::digest,
     error::{Context as _, Result},
     snapshot::{MANIFEST, MEMORY},
+    worker::Stop,
 };
 
 /// A snapshot to flush.
+#[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) id: SnapshotId,
     pub(crate) dir: PathBuf,
@@ -35,66 +32,20 @@ pub(crate) struct Flushed {
     pub(crate) outcome: Result<Vec<(String, String)>>,
 }
 
-/// The thread that flushes. A thread of its own, because its priority is lowered.
-pub(crate) struct Flusher {
-    jobs: Option<mpsc::Sender<Job>>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+/// Asks for a file's dirty pages to be written, and does not wait until they are. What is on its
+/// way early does not hold up the next snapshot, which clones the file and has to wait for it.
+pub(crate) fn begin_write_back(path: &Path) {
+    let Ok(file) = File::open(path) else { return };
+    // SAFETY: the call reads its arguments only, and the descriptor is open. That it fails where it
+    // is not supported is no loss: the file is flushed later anyway.
+    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
-impl Flusher {
-    /// Starts the thread; `done` is called on it.
-    pub(crate) fn start(done: impl Fn(Flushed) + Send + 'static) -> std::io::Result<Self> {
-        let (jobs, queue) = mpsc::channel::<Job>();
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("snapshot-flush".to_owned())
-            .spawn(move || {
-                // On Linux this concerns the calling thread only. A VM that waits for a CPU goes first.
-                let _ = rustix::process::setpriority_process(None, 15);
-                for job in queue {
-                    if let Some(flushed) = flush(&job, &stopped) {
-                        done(flushed);
-                    }
-                    if stopped.load(Ordering::Relaxed) {
-                        break;
-                    }
-                }
-            })?;
-        Ok(Self {
-            jobs: Some(jobs),
-            stop,
-            thread: Some(thread),
-        })
-    }
-
-    pub(crate) fn push(&self, job: Job) {
-        // Fails only when the thread is gone; the snapshot then stays "not durable", which is true.
-        let _ = self.jobs.as_ref().map(|jobs| jobs.send(job));
-    }
-
-    /// Stops at the next opportunity; what is not flushed stays "not durable". Blocking.
-    pub(crate) fn stop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Drop for Flusher {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-fn flush(job: &Job, stop: &AtomicBool) -> Option<Flushed> {
+/// Flushes a snapshot and reads it for its checksums. `None` if it was told to stop.
+pub(crate) fn flush(job: &Job, stop: &Stop) -> Option<Flushed> {
     let outcome = (|| {
         let mut checksums = Vec::new();
-        // Memory first: reading it for the checksum is also what brings it into the page cache, so
-        // that the first restore of a fresh image need not wait for the disk.
+        // Memory first: reading it for the checksum also brings the rest of it into the page cache.
         let (memory, others) = job
             .parts
             .iter()
@@ -102,7 +53,7 @@ fn flush(job: &Job, stop: &AtomicBool) -> Option<Flushed> {
         for name in memory.into_iter().chain(others) {
             let path = job.dir.join(name);
             let file = File::open(&path).at("open to flush", &path)?;
-            match digest(&path, || !stop.load(Ordering::Relaxed))? {
+            match digest(&path, || !stop.is_set())? {
                 Some(checksum) => checksums.push((name.clone(), checksum)),
                 None => return Ok(None),
             }

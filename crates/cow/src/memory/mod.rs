@@ -30,6 +30,7 @@ pub use base::{Base, started_from};
 pub use buffer::Buffer;
 pub(crate) use buffer::Pool;
 pub use capture::{Dirty, capture, capture_all};
+pub(crate) use image::write_image_over;
 pub use image::{is_zero, write_image};
 use serde::{Deserialize, Serialize};
 pub use soft_dirty::{Kernel, SoftDirtyBits, SoftDirtySupport, probe_soft_dirty};

@@ -1,5 +1,7 @@
 //! The store: volumes and snapshots under one root.
 
+mod background;
+mod sizes;
 mod snapshots;
 mod sweep;
 mod volumes;
@@ -27,11 +29,16 @@ use tokio::{
     task::JoinHandle,
 };
 
+pub use self::sizes::Sizes;
+use self::{
+    background::{Background, Published},
+    sizes::SizeCache,
+};
 use crate::{
     backing::{StoreInfo, StoreRoot},
     catalog::Catalog,
     error::{Context as _, Error, Result},
-    flush::{Flushed, Flusher, Job},
+    flush::{Flushed, Job},
     manifest::Manifest,
     memory,
     reflink::Support,
@@ -56,8 +63,10 @@ struct Inner {
     boot_id: String,
     catalog: Catalog,
     entries: RwLock<HashMap<SnapshotId, SnapshotEntry>>,
-    flusher: Mutex<Flusher>,
+    background: Mutex<Background>,
     changes: watch::Sender<u64>,
+    volume_changes: AtomicU64,
+    sizes: SizeCache,
     tasks: Mutex<Vec<JoinHandle<()>>>,
     unique: AtomicU64,
     buffers: Arc<memory::Pool>,
@@ -123,8 +132,8 @@ impl Store {
             .to_owned();
         let catalog = Catalog::open(path).await?;
         let (flushed, outcomes) = mpsc::unbounded_channel();
-        let flusher = Flusher::start(move |outcome| drop(flushed.send(outcome)))
-            .at("start the flushing thread of", path)?;
+        let background = Background::start(move |outcome| drop(flushed.send(outcome)))
+            .at("start the background threads of", path)?;
         let store = Self {
             inner: Arc::new(Inner {
                 root: root.clone(),
@@ -134,8 +143,10 @@ impl Store {
                 boot_id,
                 catalog,
                 entries: RwLock::default(),
-                flusher: Mutex::new(flusher),
+                background: Mutex::new(background),
                 changes: watch::Sender::new(0),
+                volume_changes: AtomicU64::new(0),
+                sizes: SizeCache::default(),
                 tasks: Mutex::default(),
                 unique: AtomicU64::new(0),
                 buffers: Arc::default(),
@@ -215,7 +226,7 @@ impl Store {
         let _ = tokio::task::spawn_blocking(move || {
             store
                 .inner
-                .flusher
+                .background
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .stop();
@@ -249,20 +260,19 @@ impl Store {
         self.inner.snapshots.join(id.as_str())
     }
 
-    fn flush_later(&self, manifest: &Manifest) {
+    /// Has a snapshot flushed and its memory read ahead as far as `base` is cached.
+    fn finish_later(&self, manifest: &Manifest, base: Option<File>) {
+        let parts = manifest.parts.iter().map(|part| part.name.clone());
+        let job = Job {
+            id: manifest.id.clone(),
+            dir: self.snapshot_dir(&manifest.id),
+            parts: parts.collect(),
+        };
         self.inner
-            .flusher
+            .background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(Job {
-                id: manifest.id.clone(),
-                dir: self.snapshot_dir(&manifest.id),
-                parts: manifest
-                    .parts
-                    .iter()
-                    .map(|part| part.name.clone())
-                    .collect(),
-            });
+            .push(Published { job, base });
     }
 
     fn entries_mut<T>(

@@ -1,6 +1,7 @@
 //! Snapshots from their beginning to their deletion.
 
 use std::{
+    fs::File,
     io,
     path::Path,
     sync::{Arc, PoisonError},
@@ -142,6 +143,7 @@ impl Store {
                 return Err(Error::NotFound(id));
             }
             store.entries_mut(|entries| entries.remove(&id));
+            store.forget_sizes(&id);
             let (dir, grave) = (store.snapshot_dir(&id), store.fresh_tmp(id.as_str()));
             match std::fs::rename(&dir, &grave) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -155,7 +157,12 @@ impl Store {
     }
 
     /// Moves a complete draft into place and records it.
-    pub(crate) async fn publish(&self, draft: &Path, manifest: Manifest) -> Result<Snapshot> {
+    pub(crate) async fn publish(
+        &self,
+        draft: &Path,
+        manifest: Manifest,
+        base: Option<File>,
+    ) -> Result<Snapshot> {
         let inner = &self.inner;
         let manifest = Arc::new(manifest);
         let id = &manifest.id;
@@ -181,7 +188,7 @@ impl Store {
             state: SnapshotState::Published { durable: false },
         };
         self.entries_mut(|entries| entries.insert(id.clone(), entry));
-        self.flush_later(&manifest);
+        self.finish_later(&manifest, base);
         Ok(Snapshot { dir, manifest })
     }
 }

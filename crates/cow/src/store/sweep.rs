@@ -57,7 +57,7 @@ impl Store {
                 None => {
                     report.usable += 1;
                     if !durable {
-                        self.flush_later(&entry.manifest);
+                        self.finish_later(&entry.manifest, None);
                     }
                 }
             }

@@ -5,6 +5,7 @@ use std::{
     fs::DirBuilder,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    sync::atomic::Ordering,
 };
 
 use cubicle_ids::SandboxId;
@@ -69,6 +70,7 @@ impl Store {
             let _ = std::fs::remove_dir(&dir);
             let _ = dir.parent().map(std::fs::remove_dir);
         })?;
+        self.volumes_changed();
         Ok(path)
     }
 
@@ -79,6 +81,7 @@ impl Store {
     pub fn remove_volumes(&self, sandbox: &SandboxId, generation: u64) -> Result<()> {
         let dir = generation_dir(&self.inner.volumes, sandbox, generation);
         remove_tree(&dir)?;
+        self.volumes_changed();
         // The sandbox's directory goes with its last generation.
         let _ = dir.parent().map(std::fs::remove_dir);
         Ok(())
@@ -89,7 +92,14 @@ impl Store {
     /// # Errors
     /// If they cannot be removed.
     pub fn remove_sandbox_volumes(&self, sandbox: &SandboxId) -> Result<()> {
-        remove_tree(&self.inner.volumes.join(sandbox.as_str()))
+        let removed = remove_tree(&self.inner.volumes.join(sandbox.as_str()));
+        self.volumes_changed();
+        removed
+    }
+
+    /// A volume has come or gone, and with it what snapshots share.
+    fn volumes_changed(&self) {
+        self.inner.volume_changes.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Removes all volumes but those of the given lives. Returns what was removed. For the start,

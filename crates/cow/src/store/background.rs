@@ -1,0 +1,71 @@
+//! What is done for a snapshot after it was published.
+
+use std::{
+    fs::File,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use crate::{
+    flush::{Flushed, Job, begin_write_back, flush},
+    snapshot::MEMORY,
+    warm,
+    worker::Worker,
+};
+
+/// Two threads: one makes the next restore and the next snapshot fast, the other makes the snapshot
+/// durable, which takes longer.
+#[derive(Debug)]
+pub(super) struct Background {
+    warmer: Worker<Published>,
+    flusher: Arc<Mutex<Worker<Job>>>,
+}
+
+/// A snapshot that was just published, or found not to be durable.
+#[derive(Debug)]
+pub(super) struct Published {
+    pub(super) job: Job,
+    /// The image that its memory was laid over.
+    pub(super) base: Option<File>,
+}
+
+impl Background {
+    /// Starts the threads; `done` is called for every snapshot that was flushed.
+    pub(super) fn start(done: impl Fn(Flushed) + Send + 'static) -> io::Result<Self> {
+        let flusher = Worker::start("snapshot-flush", move |job, stop| {
+            if let Some(flushed) = flush(&job, stop) {
+                done(flushed);
+            }
+        })?;
+        let flusher = Arc::new(Mutex::new(flusher));
+        let next = Arc::clone(&flusher);
+        let warmer = Worker::start("snapshot-warm", move |published: Published, stop| {
+            let Published { job, base } = published;
+            let image = job.dir.join(MEMORY);
+            begin_write_back(&image);
+            if let Some(base) = base
+                && let Err(error) = warm::read_ahead(&base, &image, stop)
+            {
+                // It may have been deleted already.
+                tracing::debug!(snapshot = %job.id, %error, "not read ahead");
+            }
+            next.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(job);
+        })?;
+        Ok(Self { warmer, flusher })
+    }
+
+    pub(super) fn push(&self, published: Published) {
+        self.warmer.push(published);
+    }
+
+    /// Stops at the next opportunity; what is not flushed stays "not durable". Blocking.
+    pub(super) fn stop(&mut self) {
+        self.warmer.stop();
+        self.flusher
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .stop();
+    }
+}
