@@ -1,9 +1,17 @@
 //! The command line: what can be said, and how it is explained.
 
+mod bench;
+mod snapshot;
+
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+
+pub(crate) use self::{
+    bench::{Bench, BenchCreate, BenchMatrix},
+    snapshot::Snapshot,
+};
 
 /// Where Cubicle keeps its state unless it is told otherwise.
 pub(crate) const DEFAULT_DATA_DIR: &str = "/var/lib/cubicle";
@@ -72,6 +80,9 @@ pub(crate) enum Command {
     /// Create, use and remove sandboxes
     #[command(subcommand, visible_alias = "sbx")]
     Sandbox(Sandbox),
+    /// Freeze sandboxes, and look after what was frozen
+    #[command(subcommand, visible_alias = "snap")]
+    Snapshot(Snapshot),
     /// List, build and remove templates
     #[command(subcommand, visible_alias = "tpl")]
     Template(Template),
@@ -173,6 +184,12 @@ pub(crate) enum Sandbox {
         /// Cut it off from every network
         #[arg(long)]
         no_internet: bool,
+        /// Pause it when its time is up, instead of killing it
+        #[arg(long)]
+        auto_pause: bool,
+        /// Wake it up when a request comes for it while it is paused
+        #[arg(long, requires = "auto_pause")]
+        auto_resume: bool,
     },
     /// List sandboxes
     #[command(visible_alias = "list")]
@@ -234,6 +251,57 @@ pub(crate) enum Sandbox {
         #[arg(long, short)]
         follow: bool,
     },
+    /// Make running copies of a sandbox: its memory, its processes and its disk
+    ///
+    /// The sandbox runs on. The copies have ids and tokens of their own.
+    #[command(visible_alias = "fork")]
+    Clone {
+        /// The sandbox
+        id: String,
+        /// How many copies to make
+        #[arg(short = 'n', long, value_name = "N", default_value_t = 1,
+              value_parser = clap::value_parser!(u32).range(1..=100))]
+        count: u32,
+        /// Seconds until the copies are killed
+        #[arg(long, short, value_name = "SECONDS", default_value_t = 300)]
+        timeout: u32,
+    },
+    /// Put a sandbox back to what it was when a snapshot was taken
+    ///
+    /// Its id and its address stay. If anything goes wrong, it runs on as if nothing had been asked.
+    Rollback {
+        /// The sandbox
+        id: String,
+        /// A snapshot of it, or of what it was made from [default: the latest one of it]
+        snapshot: Option<String>,
+    },
+    /// Freeze sandboxes and free what they take of the machine
+    Pause {
+        /// Their ids
+        #[arg(required = true)]
+        ids: Vec<String>,
+        /// Keep the disk only: waking it up boots it
+        #[arg(long)]
+        no_memory: bool,
+        /// Refuse to pause one whose daemon does not answer
+        #[arg(long)]
+        require_healthy: bool,
+    },
+    /// Wake paused sandboxes up, and give them time
+    ///
+    /// Does nothing to one that runs but to give it at least that much time.
+    #[command(visible_alias = "connect")]
+    Resume {
+        /// Their ids
+        #[arg(required = true)]
+        ids: Vec<String>,
+        /// Seconds that it lives from now on, at least
+        #[arg(long, short, value_name = "SECONDS", default_value_t = 300)]
+        timeout: u32,
+        /// Boot from the disk and forget the memory
+        #[arg(long)]
+        no_memory: bool,
+    },
     /// Kill sandboxes
     #[command(visible_alias = "rm")]
     Kill {
@@ -268,28 +336,6 @@ pub(crate) enum Template {
     },
 }
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum Bench {
-    /// Create sandboxes, run `true` in each, kill them; print how long each phase took
-    Create(BenchCreate),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct BenchCreate {
-    /// How many sandboxes to create
-    #[arg(short = 'n', long, default_value_t = 30)]
-    pub(crate) count: usize,
-    /// How many at the same time
-    #[arg(short = 'c', long, default_value_t = 1)]
-    pub(crate) concurrency: usize,
-    /// How many to create before, uncounted
-    #[arg(long, default_value_t = 3)]
-    pub(crate) warm_up: usize,
-    /// Template to create them from
-    #[arg(long, default_value = "base")]
-    pub(crate) template: String,
-}
-
 fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -318,5 +364,76 @@ mod tests {
     #[test]
     fn help() {
         insta::assert_snapshot!(Cli::command().term_width(100).render_help().to_string());
+    }
+
+    /// The help of a command below others, as a person sees it.
+    fn help_of(path: &[&str]) -> String {
+        let mut command = Cli::command();
+        command.build();
+        for name in path {
+            command = command
+                .find_subcommand(name)
+                .expect("a command of that name")
+                .clone();
+        }
+        command.term_width(100).render_long_help().to_string()
+    }
+
+    #[test]
+    fn help_of_what_freezes_and_wakes() {
+        for path in [
+            &["snapshot"][..],
+            &["snapshot", "create"],
+            &["snapshot", "ls"],
+            &["snapshot", "tree"],
+            &["snapshot", "verify"],
+            &["sandbox"],
+            &["sandbox", "clone"],
+            &["sandbox", "rollback"],
+            &["sandbox", "pause"],
+            &["sandbox", "resume"],
+            &["bench"],
+            &["bench", "snapshot"],
+        ] {
+            insta::assert_snapshot!(format!("help_{}", path.join("_")), help_of(path));
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_a_reason() {
+        let refused = |line: &str| {
+            let words = line.split(' ');
+            let error = Cli::try_parse_from(words).expect_err(line).to_string();
+            error.lines().next().unwrap_or_default().to_owned()
+        };
+        let lines = [
+            "cubicle sandbox clone i1 -n 0",
+            "cubicle sandbox clone i1 -n 101",
+            "cubicle sandbox clone",
+            "cubicle sandbox create --auto-resume",
+            "cubicle sandbox pause",
+            "cubicle snapshot create",
+            "cubicle snapshot rm",
+            "cubicle snapshot verify --all snap-1",
+            "cubicle bench snapshot --dirty 10,x",
+            "cubicle bench pause -c 0",
+        ];
+        let said: Vec<String> = lines
+            .iter()
+            .map(|l| format!("{l}\n  {}", refused(l)))
+            .collect();
+        insta::assert_snapshot!(said.join("\n"));
+    }
+
+    #[test]
+    fn every_shell_gets_completions_of_every_command() {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "cubicle", &mut script);
+            let script = String::from_utf8(script).expect("text");
+            for word in ["snapshot", "verify", "rollback", "clone", "resume", "bench"] {
+                assert!(script.contains(word), "{shell}: {word}");
+            }
+        }
     }
 }

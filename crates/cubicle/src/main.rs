@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 
 use crate::{
-    cli::{Bench, Cli, Command},
+    cli::{Cli, Command},
     error::Error,
 };
 
@@ -54,7 +54,8 @@ async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Doctor => commands::doctor::run(&global).await,
         Command::Sandbox(command) => commands::sandbox::run(&global, command).await,
         Command::Template(command) => commands::template::run(&global, command).await,
-        Command::Bench(Bench::Create(options)) => commands::bench::create(&global, options)
+        Command::Snapshot(command) => commands::snapshot::run(&global, command).await,
+        Command::Bench(command) => commands::bench::run(&global, command)
             .await
             .map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {

@@ -50,6 +50,24 @@ pub(crate) fn millis(duration: Duration) -> String {
     }
 }
 
+/// A size in its largest unit of two to the tenth, with three digits.
+pub(crate) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    // What would be shown as 1024 is shown as 1 of the next.
+    while value >= 1023.5 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match value {
+        _ if unit == 0 => format!("{count} B"),
+        ..9.995 => format!("{value:.2} {}", UNITS[unit]),
+        ..99.95 => format!("{value:.1} {}", UNITS[unit]),
+        _ => format!("{value:.0} {}", UNITS[unit]),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,6 +79,38 @@ mod tests {
             shown,
             ["0s", "0s", "59s", "1m00s", "59m59s", "1h00m", "1d01h"]
         );
+    }
+
+    #[test]
+    fn sizes_have_three_digits() {
+        let shown = [
+            0,
+            1,
+            1023,
+            1024,
+            10_240,
+            102_400,
+            1_048_063,
+            1 << 20,
+            512 << 20,
+            3 << 30,
+            u64::MAX,
+        ]
+        .map(bytes);
+        let expected = [
+            "0 B",
+            "1 B",
+            "1023 B",
+            "1.00 KiB",
+            "10.0 KiB",
+            "100 KiB",
+            "1023 KiB",
+            "1.00 MiB",
+            "512 MiB",
+            "3.00 GiB",
+            "16384 PiB",
+        ];
+        assert_eq!(shown, expected);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! any program can do.
 
 pub(crate) mod envd;
+pub(crate) mod snapshots;
 
 use std::path::{Path, PathBuf};
 
@@ -228,17 +229,30 @@ impl Client {
         &self,
         metadata: &[(String, String)],
     ) -> Result<Vec<SandboxInfo>, Error> {
+        let filter = |mut request: RequestBuilder| {
+            request = request.query(&[("state", "running,paused")]);
+            if !metadata.is_empty() {
+                request = request.query(&[("metadata", metadata_filter(metadata))]);
+            }
+            request
+        };
+        self.pages("/v2/sandboxes", filter, "list sandboxes").await
+    }
+
+    /// Every item of a list that comes in pages.
+    async fn pages<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        filter: impl Fn(RequestBuilder) -> RequestBuilder,
+        what: &str,
+    ) -> Result<Vec<T>, Error> {
         let mut all = Vec::new();
         let mut token = String::new();
         loop {
-            let mut request = self
-                .request(Method::GET, "/v2/sandboxes")
-                .query(&[("limit", "100"), ("state", "running,paused")]);
+            let request = self.request(Method::GET, path);
+            let mut request = filter(request.query(&[("limit", "100")]));
             if !token.is_empty() {
                 request = request.query(&[("nextToken", &token)]);
-            }
-            if !metadata.is_empty() {
-                request = request.query(&[("metadata", metadata_filter(metadata))]);
             }
             let response = self.send(request).await?;
             token = response
@@ -247,11 +261,10 @@ impl Client {
                 .and_then(|value| value.to_str().ok())
                 .unwrap_or_default()
                 .to_owned();
-            let page: Vec<SandboxInfo> =
-                response.json().await.map_err(|source| Error::Unexpected {
-                    what: "list sandboxes".to_owned(),
-                    source: source.into(),
-                })?;
+            let page: Vec<T> = response.json().await.map_err(|source| Error::Unexpected {
+                what: what.to_owned(),
+                source: source.into(),
+            })?;
             all.extend(page);
             if token.is_empty() {
                 return Ok(all);
@@ -302,6 +315,17 @@ pub(crate) fn segment(id: &str) -> Result<&str, Error> {
     Err(Error::Usage(format!(
         "{id:?} is not an id: it has letters, digits, '-', '_' and ':' only"
     )))
+}
+
+/// An id or a name of a snapshot as one path segment: the slash of a namespace is encoded.
+pub(crate) fn reference(name: &str) -> Result<String, Error> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b':' | b'.' | b'/');
+    if name.is_empty() || name.len() > 256 || !name.bytes().all(plain) || name.starts_with('.') {
+        return Err(Error::Usage(format!(
+            "{name:?} is not an id or a name: it has letters, digits, '-', '_', '.', ':' and '/' only"
+        )));
+    }
+    Ok(name.replace('/', "%2F"))
 }
 
 /// E2B's filter: a form whose keys and values were percent-encoded before.
@@ -378,5 +402,9 @@ mod tests {
             assert!(segment(bad).is_err(), "{bad:?}");
         }
         assert!(segment("tpl-1:default").is_ok());
+        for bad in ["", "..", "a?b", "a b", "é", "a%2Fb"] {
+            assert!(reference(bad).is_err(), "{bad:?}");
+        }
+        assert_eq!(reference("team/a:v1.2").expect("a name"), "team%2Fa:v1.2");
     }
 }

@@ -5,7 +5,9 @@ pub(crate) mod copy;
 pub(crate) mod doctor;
 pub(crate) mod env;
 pub(crate) mod exec;
+mod lives;
 pub(crate) mod sandbox;
+pub(crate) mod snapshot;
 pub(crate) mod template;
 pub(crate) mod up;
 

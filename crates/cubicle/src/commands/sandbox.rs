@@ -6,7 +6,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::{copy, exec};
+use super::{copy, exec, lives};
 use crate::{
     cli::{Global, Sandbox},
     client::{Client, SandboxInfo, envd::Command, segment},
@@ -23,14 +23,20 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
             env,
             metadata,
             no_internet,
+            auto_pause,
+            auto_resume,
         } => {
-            let body = json!({
+            let mut body = json!({
                 "templateID": template,
                 "timeout": timeout,
                 "envVars": map(env),
                 "metadata": map(metadata),
                 "allow_internet_access": !no_internet,
             });
+            if auto_pause {
+                body["autoPause"] = true.into();
+                body["autoResume"] = json!({ "enabled": auto_resume });
+            }
             let created = client.create(&body).await?;
             if global.json {
                 output::print_json(&created);
@@ -93,6 +99,22 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
             }
         }
         Sandbox::Logs { id, follow } => logs(&client, &id, follow, global.json).await?,
+        Sandbox::Clone { id, count, timeout } => {
+            return lives::clone(&client, &id, count, timeout, global.json).await;
+        }
+        Sandbox::Rollback { id, snapshot } => {
+            return lives::rollback(&client, &id, snapshot, global.json).await;
+        }
+        Sandbox::Pause {
+            ids,
+            no_memory,
+            require_healthy,
+        } => return lives::pause(&client, &ids, !no_memory, require_healthy, global.json).await,
+        Sandbox::Resume {
+            ids,
+            timeout,
+            no_memory,
+        } => return lives::resume(&client, &ids, timeout, !no_memory, global.json).await,
         Sandbox::Kill { ids, all } => return kill(&client, ids, all, global.json).await,
     }
     Ok(ExitCode::SUCCESS)
