@@ -32,7 +32,7 @@ pub(crate) struct Row {
 }
 
 /// A part's row.
-#[derive(sqlx::FromRow)]
+#[derive(Debug, sqlx::FromRow)]
 pub(crate) struct PartRow {
     pub(crate) name: String,
     pub(crate) size: i64,

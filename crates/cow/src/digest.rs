@@ -52,8 +52,14 @@ pub(crate) fn digest(path: &Path, go_on: impl Fn() -> bool) -> Result<Option<Str
     Ok(Some(hasher.finalize().to_hex().to_string()))
 }
 
-/// Compares a file with what was recorded about it. `None`: intact.
-pub(crate) fn damage(path: &Path, size: u64, checksum: Option<&str>) -> Option<String> {
+/// Compares a file with what was recorded about it: its size, and its content if there is a
+/// checksum. `None`: intact, or not found to be otherwise before `go_on` said no.
+pub(crate) fn damage(
+    path: &Path,
+    size: u64,
+    checksum: Option<&str>,
+    go_on: impl Fn() -> bool,
+) -> Option<String> {
     let name = path
         .file_name()
         .unwrap_or_default()
@@ -67,9 +73,10 @@ pub(crate) fn damage(path: &Path, size: u64, checksum: Option<&str>) -> Option<S
         return Some(format!("{name} has {found} bytes, {size} were published"));
     }
     let expected = checksum?;
-    match digest(path, || true) {
+    match digest(path, go_on) {
         Ok(Some(found)) if found == expected => None,
-        Ok(_) => Some(format!(
+        Ok(None) => None,
+        Ok(Some(_)) => Some(format!(
             "{name} does not have the content that was published"
         )),
         Err(Error::Io { source, .. }) => Some(format!("{name} cannot be read: {source}")),

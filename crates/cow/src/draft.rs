@@ -162,11 +162,22 @@ impl Draft {
             });
         }
         parts.sort_by(|a, b| a.name.cmp(&b.name));
-        let memory = u64::from(manifest.vm.memory_mib) << 20;
-        let mut expected = vec![
-            (MEMORY.to_owned(), Some(memory)),
-            (DEVICE_STATE.to_owned(), None),
-        ];
+        let mut expected = Vec::new();
+        if manifest.has_memory() {
+            let memory = u64::from(manifest.vm.memory_mib) << 20;
+            expected.push((MEMORY.to_owned(), Some(memory)));
+            expected.push((DEVICE_STATE.to_owned(), None));
+        } else if manifest.disks.is_empty() {
+            return Err(incomplete("it would hold nothing".to_owned()));
+        } else if let Some(part) = parts
+            .iter()
+            .find(|part| [MEMORY, DEVICE_STATE].contains(&part.name.as_str()))
+        {
+            return Err(incomplete(format!(
+                "{} is there, and the manifest says that there is no memory",
+                part.name
+            )));
+        }
         expected.extend(
             (0..)
                 .zip(&manifest.disks)

@@ -101,7 +101,7 @@ pub enum Error {
         reason: String,
     },
     /// A manifest was written by a version of the format that this program does not know.
-    #[error("the manifest {} has format version {found}; this program reads version {known}", path.display())]
+    #[error("the manifest {} has format version {found}; this program reads up to version {known}", path.display())]
     ManifestVersion {
         /// The manifest.
         path: PathBuf,

@@ -7,7 +7,7 @@
 //!
 //! - **volumes**: the disks of sandboxes that exist now, `volumes/<sandbox>/<generation>/disk-<n>.img`;
 //! - **snapshots**: immutable directories `snapshots/<id>/` with a manifest, one memory image, the
-//!   device state and the disks of a VM frozen at one instant;
+//!   device state and the disks of a VM frozen at one instant, or with its disks alone;
 //! - **drafts**: snapshots that are not published yet, and what is being deleted, in `tmp/`;
 //! - the **catalog** `catalog.db`, which owns all snapshot files.
 //!
@@ -40,7 +40,7 @@ mod worker;
 pub use backing::{BackingConfig, StoreInfo, StoreKind, StoreRoot};
 pub use draft::Draft;
 pub use error::{Error, Result};
-pub use manifest::{DiskShape, Manifest, Part, SnapshotKind, VmShape};
+pub use manifest::{Contents, DiskShape, Manifest, Part, SnapshotKind, VmShape};
 pub use memory::MemoryReport;
 pub use snapshot::{Snapshot, SnapshotEntry, SnapshotState};
 pub use store::{Sizes, Store, SweepReport};

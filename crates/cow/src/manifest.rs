@@ -11,8 +11,12 @@ use crate::{
     memory::MemoryReport,
 };
 
-/// The version of the manifest's format that this program writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The version of the manifest's format that this program writes. Version 2 added snapshots without
+/// memory, and temporary ones.
+pub const FORMAT_VERSION: u32 = 2;
+
+/// The oldest version that this program reads.
+const OLDEST_VERSION: u32 = 1;
 
 /// Why a snapshot exists. The kind decides who may delete it, never how it is restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -24,6 +28,9 @@ pub enum SnapshotKind {
     User,
     /// Holds a paused sandbox; deleted when the sandbox is killed or has been resumed.
     Pause,
+    /// Belongs to the program that made it, as what a fork is restored from, and to nobody else:
+    /// no such snapshot outlives that program.
+    Temporary,
 }
 
 impl SnapshotKind {
@@ -34,7 +41,25 @@ impl SnapshotKind {
             Self::Template => "template",
             Self::User => "user",
             Self::Pause => "pause",
+            Self::Temporary => "temporary",
         }
+    }
+}
+
+/// What a snapshot holds of its VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Contents {
+    /// Memory, device state and disks: a restore goes on where the VM stood still.
+    #[default]
+    Full,
+    /// The disks alone: a restore boots.
+    Disks,
+}
+
+impl Contents {
+    fn is_full(&self) -> bool {
+        *self == Self::Full
     }
 }
 
@@ -79,6 +104,9 @@ pub struct Manifest {
     pub id: SnapshotId,
     /// Why it exists.
     pub kind: SnapshotKind,
+    /// What it holds.
+    #[serde(default, skip_serializing_if = "Contents::is_full")]
+    pub contents: Contents,
     /// When the VM was frozen, by the host's wall clock.
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
@@ -94,10 +122,12 @@ pub struct Manifest {
     pub kernel: String,
     /// The VM's disks; disk `n` is the part `disk-<n>.img`.
     pub disks: Vec<DiskShape>,
-    /// How the memory image was made, and how much it took.
+    /// How the memory image was made, and how much it took; all zero if there is none.
+    #[serde(default)]
     pub memory: MemoryReport,
     /// The value that the guest daemon held in RAM when it was frozen: proof after a restore that
-    /// this snapshot was restored and no other. Lower-case hexadecimal.
+    /// this snapshot was restored and no other. Lower-case hexadecimal; empty without memory.
+    #[serde(default)]
     pub guest_nonce: String,
     /// Facts that other parts of the system want to keep with the snapshot.
     #[serde(default)]
@@ -115,6 +145,7 @@ impl Manifest {
             version: FORMAT_VERSION,
             id,
             kind,
+            contents: Contents::Full,
             created_at: OffsetDateTime::now_utc(),
             parent: None,
             lineage: Vec::new(),
@@ -126,6 +157,21 @@ impl Manifest {
             labels: BTreeMap::new(),
             parts: Vec::new(),
         }
+    }
+
+    /// Makes this the manifest of a snapshot that holds disks and nothing else.
+    #[must_use]
+    pub fn of_disks(mut self) -> Self {
+        self.contents = Contents::Disks;
+        self.memory = MemoryReport::default();
+        self.guest_nonce.clear();
+        self
+    }
+
+    /// Whether the snapshot holds memory and device state.
+    #[must_use]
+    pub fn has_memory(&self) -> bool {
+        self.contents.is_full()
     }
 
     /// Makes `parent` this snapshot's parent and extends its lineage.
@@ -142,8 +188,8 @@ impl Manifest {
     /// Parses the text of a manifest; `path` is where it came from, for messages.
     ///
     /// # Errors
-    /// [`Error::ManifestVersion`] for any other version than [`FORMAT_VERSION`], whatever else the
-    /// text holds; [`Error::Manifest`] if it is malformed.
+    /// [`Error::ManifestVersion`] for a version that is newer than [`FORMAT_VERSION`] or unknown,
+    /// whatever else the text holds; [`Error::Manifest`] if it is malformed.
     pub fn parse(text: &[u8], path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Version {
@@ -155,7 +201,7 @@ impl Manifest {
         };
         // The version is read first and alone: another format may differ in everything else.
         let Version { version } = serde_json::from_slice(text).map_err(malformed)?;
-        if version != FORMAT_VERSION {
+        if !(OLDEST_VERSION..=FORMAT_VERSION).contains(&version) {
             return Err(Error::ManifestVersion {
                 path: path.to_owned(),
                 found: version,
@@ -171,5 +217,70 @@ impl Manifest {
             source,
         })?;
         std::fs::write(path, text).at("write the manifest", path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let vm = VmShape {
+            cpus: 2,
+            memory_mib: 512,
+            hypervisor: "qemu".to_owned(),
+            options: BTreeMap::new(),
+        };
+        Manifest::new(SnapshotId::generate(), SnapshotKind::Temporary, vm, "k")
+    }
+
+    fn parse(manifest: &serde_json::Value) -> Result<Manifest> {
+        Manifest::parse(manifest.to_string().as_bytes(), Path::new("manifest.json"))
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        for written in [manifest(), manifest().of_disks()] {
+            let json = serde_json::to_value(&written).unwrap();
+            assert_eq!(json.get("contents").is_some(), !written.has_memory());
+            assert_eq!(json["kind"], "temporary");
+            assert_eq!(parse(&json).unwrap(), written);
+        }
+    }
+
+    #[test]
+    fn an_older_manifest_is_one_with_memory() {
+        // As version 1 wrote it.
+        let old = serde_json::json!({
+            "version": 1, "id": SnapshotId::generate(), "kind": "user",
+            "created_at": "2026-01-02T03:04:05Z", "parent": null, "lineage": [],
+            "vm": { "cpus": 1, "memory_mib": 4, "hypervisor": "qemu", "options": {} },
+            "kernel": "k", "disks": [{ "size": 7, "read_only": true }],
+            "memory": {
+                "tier": "anonymous_pages", "bytes_scanned": 9, "bytes_dirty": 8, "bytes_written": 7,
+                "bytes_zero": 1, "bytes_unchanged": 0, "scan_us": 1, "copy_us": 2, "write_us": 3,
+            },
+            "guest_nonce": "00", "labels": { "a": "b" }, "parts": [{ "name": "memory.img", "size": 9 }],
+        });
+        let parsed = parse(&old).unwrap();
+        assert!(parsed.has_memory());
+        assert_eq!((parsed.memory.bytes_written, parsed.memory.arm_us), (7, 0));
+        // It stays what it is: a program that is as old could still read it.
+        let again = serde_json::to_value(&parsed).unwrap();
+        assert_eq!(
+            (&again["version"], again.get("contents")),
+            (&1.into(), None)
+        );
+    }
+
+    #[test]
+    fn other_versions_are_refused_before_anything_else_is_read() {
+        for version in [0, FORMAT_VERSION + 1] {
+            let error = parse(&serde_json::json!({ "version": version, "novel": 1 })).unwrap_err();
+            let Error::ManifestVersion { found, .. } = error else {
+                panic!("{error}")
+            };
+            assert_eq!(found, version);
+        }
     }
 }

@@ -41,13 +41,20 @@ impl Snapshot {
         &self.dir
     }
 
-    /// The image of guest memory.
+    /// Whether it holds memory and device state. If not, a restore boots from its disks.
+    #[must_use]
+    pub fn has_memory(&self) -> bool {
+        self.manifest.has_memory()
+    }
+
+    /// The image of guest memory; not there unless [`Self::has_memory`].
     #[must_use]
     pub fn memory_image(&self) -> PathBuf {
         self.dir.join(MEMORY)
     }
 
-    /// The state of the VM's devices, in the hypervisor driver's own format.
+    /// The state of the VM's devices, in the hypervisor driver's own format; not there unless
+    /// [`Self::has_memory`].
     #[must_use]
     pub fn device_state(&self) -> PathBuf {
         self.dir.join(DEVICE_STATE)

@@ -361,7 +361,7 @@ async fn another_format_is_refused_and_nothing_is_deleted() {
     store.close().await;
     sql(
         &data,
-        "UPDATE snapshots SET manifest = '{\"version\": 2, \"novel\": true}'",
+        "UPDATE snapshots SET manifest = '{\"version\": 3, \"novel\": true}'",
     )
     .await;
     let error = Store::open(&data.prepare()).await.unwrap_err();
@@ -369,8 +369,8 @@ async fn another_format_is_refused_and_nothing_is_deleted() {
         matches!(
             error,
             Error::ManifestVersion {
-                found: 2,
-                known: 1,
+                found: 3,
+                known: 2,
                 ..
             }
         ),

@@ -7,14 +7,14 @@ use std::{
 };
 
 use crate::{
-    flush::{Flushed, Job, begin_write_back, flush},
+    flush::{Check, Done, Flush, Job, begin_write_back, work},
     snapshot::MEMORY,
     warm,
     worker::Worker,
 };
 
 /// Two threads: one makes the next restore and the next snapshot fast, the other makes the snapshot
-/// durable, which takes longer.
+/// durable, which takes longer. The latter also checks snapshots that may have suffered.
 #[derive(Debug)]
 pub(super) struct Background {
     warmer: Worker<Published>,
@@ -24,17 +24,17 @@ pub(super) struct Background {
 /// A snapshot that was just published, or found not to be durable.
 #[derive(Debug)]
 pub(super) struct Published {
-    pub(super) job: Job,
+    pub(super) job: Flush,
     /// The image that its memory was laid over.
     pub(super) base: Option<File>,
 }
 
 impl Background {
-    /// Starts the threads; `done` is called for every snapshot that was flushed.
-    pub(super) fn start(done: impl Fn(Flushed) + Send + 'static) -> io::Result<Self> {
+    /// Starts the threads; `done` is called for every job that was not cut short.
+    pub(super) fn start(done: impl Fn(Done) + Send + 'static) -> io::Result<Self> {
         let flusher = Worker::start("snapshot-flush", move |job, stop| {
-            if let Some(flushed) = flush(&job, stop) {
-                done(flushed);
+            if let Some(outcome) = work(job, stop) {
+                done(outcome);
             }
         })?;
         let flusher = Arc::new(Mutex::new(flusher));
@@ -51,13 +51,20 @@ impl Background {
             }
             next.lock()
                 .unwrap_or_else(PoisonError::into_inner)
-                .push(job);
+                .push(Job::Flush(job));
         })?;
         Ok(Self { warmer, flusher })
     }
 
     pub(super) fn push(&self, published: Published) {
         self.warmer.push(published);
+    }
+
+    pub(super) fn check(&self, check: Check) {
+        self.flusher
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Job::Check(check));
     }
 
     /// Stops at the next opportunity; what is not flushed stays "not durable". Blocking.

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     fs::{DirBuilder, File},
     io,
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::fs::{DirBuilderExt as _, FileExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError, RwLock, Weak,
@@ -38,7 +38,7 @@ use crate::{
     backing::{StoreInfo, StoreRoot},
     catalog::Catalog,
     error::{Context as _, Error, Result},
-    flush::{Flushed, Job},
+    flush::{Check, Done, Flush},
     manifest::Manifest,
     memory,
     reflink::Support,
@@ -83,6 +83,11 @@ pub struct SweepReport {
     pub drafts_removed: usize,
     /// Names in the snapshot directory that no row of the catalog owned; removed.
     pub unowned_removed: Vec<String>,
+    /// Temporary snapshots of a program that is gone; deleted.
+    pub temporary_removed: Vec<SnapshotId>,
+    /// Durable snapshots that are read and compared with their checksums in the background, because
+    /// the machine stopped while the store was open.
+    pub checking: usize,
     /// Snapshots that were marked failed just now, and why.
     pub failed: Vec<(SnapshotId, String)>,
     /// Sandboxes that have volumes, with the generations of each. The store does not know which
@@ -108,7 +113,13 @@ impl Store {
     pub async fn open(root: &StoreRoot) -> Result<(Self, SweepReport)> {
         let path = root.path();
         let lock_path = path.join("lock");
-        let lock = File::create(&lock_path).at("lock", &lock_path)?;
+        let lock = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&lock_path)
+            .at("lock", &lock_path)?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => {
                 return Err(Error::Locked {
@@ -130,6 +141,7 @@ impl Store {
             .at("read", boot_path)?
             .trim()
             .to_owned();
+        let interrupted = take_over(&lock, &boot_id).at("mark as open", &lock_path)?;
         let catalog = Catalog::open(path).await?;
         let (flushed, outcomes) = mpsc::unbounded_channel();
         let background = Background::start(move |outcome| drop(flushed.send(outcome)))
@@ -153,7 +165,7 @@ impl Store {
                 lock: Mutex::new(Some(lock)),
             }),
         };
-        let report = match store.sweep().await {
+        let report = match store.sweep(interrupted).await {
             Ok(report) => report,
             Err(error) => {
                 store.close().await;
@@ -244,11 +256,16 @@ impl Store {
             let _ = task.await;
         }
         self.inner.catalog.close().await;
-        self.inner
+        let lock = self
+            .inner
             .lock
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        if let Some(lock) = lock {
+            // If this is lost, more is checked than needed.
+            let _ = lock.set_len(0);
+        }
     }
 
     pub(crate) fn fresh_tmp(&self, name: &str) -> PathBuf {
@@ -263,7 +280,7 @@ impl Store {
     /// Has a snapshot flushed and its memory read ahead as far as `base` is cached.
     fn finish_later(&self, manifest: &Manifest, base: Option<File>) {
         let parts = manifest.parts.iter().map(|part| part.name.clone());
-        let job = Job {
+        let job = Flush {
             id: manifest.id.clone(),
             dir: self.snapshot_dir(&manifest.id),
             parts: parts.collect(),
@@ -273,6 +290,21 @@ impl Store {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(Published { job, base });
+    }
+
+    /// Has a snapshot compared with its checksums.
+    async fn check_later(&self, id: &SnapshotId) -> Result<()> {
+        let check = Check {
+            id: id.clone(),
+            dir: self.snapshot_dir(id),
+            parts: self.inner.catalog.parts(id, self.inner.root.path()).await?,
+        };
+        self.inner
+            .background
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .check(check);
+        Ok(())
     }
 
     fn entries_mut<T>(
@@ -312,13 +344,15 @@ impl Store {
             .await
     }
 
-    async fn record_flush(&self, flushed: Flushed) -> Result<()> {
-        let Flushed { id, outcome } = flushed;
-        if self.entry(&id).is_none_or(|entry| !entry.is_usable()) {
-            return Ok(()); // Deleted or failed while it was being flushed.
-        }
-        match outcome {
-            Ok(checksums) => {
+    async fn record_done(&self, done: Done) -> Result<()> {
+        let is_usable = |id| self.entry(id).is_some_and(|entry| entry.is_usable());
+        match done {
+            // Deleted or failed meanwhile.
+            Done::Flushed { id, .. } | Done::Damaged { id, .. } if !is_usable(&id) => Ok(()),
+            Done::Flushed {
+                id,
+                outcome: Ok(checksums),
+            } => {
                 self.inner
                     .catalog
                     .set_durable(&id, &checksums, self.inner.root.path())
@@ -326,9 +360,25 @@ impl Store {
                 self.set_state(&id, SnapshotState::Published { durable: true });
                 Ok(())
             }
-            Err(error) => self.fail(&id, &error.to_string()).await,
+            Done::Flushed {
+                id,
+                outcome: Err(error),
+            } => self.fail(&id, &error.to_string()).await,
+            Done::Damaged { id, reason } => self.fail(&id, &reason).await,
+            Done::Intact => Ok(()),
         }
     }
+}
+
+/// Marks the store as open during this run of the kernel. Whether another run of it ended, as by a
+/// power failure, while the store was open.
+fn take_over(lock: &File, boot_id: &str) -> io::Result<bool> {
+    let mut last = vec![0; 64];
+    let len = lock.read_at(&mut last, 0)?;
+    lock.set_len(0)?;
+    lock.write_all_at(boot_id.as_bytes(), 0)?;
+    lock.sync_all()?;
+    Ok(len > 0 && &last[..len] != boot_id.as_bytes())
 }
 
 /// Runs to its end even if the caller stops waiting: half of a publication or deletion is never
@@ -345,11 +395,11 @@ pub(crate) async fn uncancelled<T: Send + 'static>(
     }
 }
 
-async fn record(store: Weak<Inner>, mut outcomes: mpsc::UnboundedReceiver<Flushed>) {
-    while let Some(flushed) = outcomes.recv().await {
+async fn record(store: Weak<Inner>, mut outcomes: mpsc::UnboundedReceiver<Done>) {
+    while let Some(done) = outcomes.recv().await {
         let Some(inner) = store.upgrade() else { break };
-        if let Err(error) = (Store { inner }).record_flush(flushed).await {
-            tracing::error!(%error, "cannot record a flushed snapshot");
+        if let Err(error) = (Store { inner }).record_done(done).await {
+            tracing::error!(%error, "cannot record what became of a snapshot");
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     digest,
     draft::Draft,
     error::{Context as _, Error, Result},
+    flush::check,
     manifest::{Manifest, SnapshotKind},
     snapshot::{Snapshot, SnapshotEntry, SnapshotState},
 };
@@ -34,11 +35,37 @@ impl Store {
         Draft::create(self.clone(), id, kind)
     }
 
-    /// The snapshot, if it can be restored.
+    /// The snapshot, if it can be restored. Its files are looked at, not read: one that has lost a
+    /// file or a part of one is failed from then on.
     ///
     /// # Errors
     /// [`Error::NotFound`]; [`Error::Failed`] if it must not be restored.
     pub fn snapshot(&self, id: &SnapshotId) -> Result<Snapshot> {
+        let snapshot = self.usable(id)?;
+        let torn = snapshot.manifest.parts.iter().find_map(|part| {
+            digest::damage(&snapshot.dir.join(&part.name), part.size, None, || true)
+        });
+        let Some(reason) = torn else {
+            return Ok(snapshot);
+        };
+        // It may have been deleted meanwhile, which is not damage.
+        self.usable(id)?;
+        // The catalog learns it when the store is opened again, which looks at the files, too.
+        tracing::error!(snapshot = %id, reason, "a snapshot is unusable");
+        self.set_state(
+            id,
+            SnapshotState::Failed {
+                reason: reason.clone(),
+            },
+        );
+        Err(Error::Failed {
+            id: id.clone(),
+            reason,
+        })
+    }
+
+    /// The snapshot, if it is not known to be unusable.
+    fn usable(&self, id: &SnapshotId) -> Result<Snapshot> {
         let entry = self.entry(id).ok_or_else(|| Error::NotFound(id.clone()))?;
         match entry.state {
             SnapshotState::Failed { reason } => Err(Error::Failed {
@@ -87,7 +114,7 @@ impl Store {
     pub async fn wait_durable(&self, id: &SnapshotId) -> Result<()> {
         let mut changes = self.inner.changes.subscribe();
         loop {
-            self.snapshot(id)?;
+            self.usable(id)?;
             let state = self.entry(id).map(|entry| entry.state);
             if state == Some(SnapshotState::Published { durable: true }) {
                 return Ok(());
@@ -102,26 +129,19 @@ impl Store {
     /// # Errors
     /// [`Error::Failed`] if it is damaged, [`Error::NotFound`], or if the catalog cannot be read.
     pub async fn verify(&self, id: &SnapshotId) -> Result<()> {
-        let snapshot = self.snapshot(id)?;
+        let snapshot = self.usable(id)?;
         let root = self.inner.root.path();
         let parts = self.inner.catalog.parts(id, root).await?;
         let store = self.clone();
         let damage = tokio::task::spawn_blocking(move || {
-            store.missing(&snapshot.manifest).or_else(|| {
-                parts.iter().find_map(|part| {
-                    let size = u64::try_from(part.size).unwrap_or_default();
-                    digest::damage(
-                        &snapshot.dir.join(&part.name),
-                        size,
-                        part.checksum.as_deref(),
-                    )
-                })
-            })
+            store
+                .missing(&snapshot.manifest)
+                .or_else(|| check(&snapshot.dir, &parts, || true).flatten())
         })
         .await
         .map_err(|_| Error::Closed)?;
         // It may have been deleted meanwhile, which is not damage.
-        self.snapshot(id)?;
+        self.usable(id)?;
         let Some(reason) = damage else { return Ok(()) };
         self.fail(id, &reason).await?;
         Err(Error::Failed {

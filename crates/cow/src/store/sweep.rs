@@ -7,7 +7,7 @@ use crate::{
     catalog::Row,
     digest,
     error::{Context as _, Result},
-    manifest::Manifest,
+    manifest::{Manifest, SnapshotKind},
     snapshot::{MANIFEST, SnapshotState},
 };
 
@@ -15,14 +15,21 @@ const FAILED_BEFORE_DURABLE: &str =
     "the machine stopped before the snapshot had reached the disk; its files cannot be trusted";
 
 impl Store {
-    pub(super) async fn sweep(&self) -> Result<SweepReport> {
+    pub(super) async fn sweep(&self, interrupted: bool) -> Result<SweepReport> {
         let inner = &self.inner;
         let mut report = SweepReport::default();
         for entry in std::fs::read_dir(&inner.tmp).at("list", &inner.tmp)? {
             remove_tree(&entry.at("list", &inner.tmp)?.path())?;
             report.drafts_removed += 1;
         }
-        let rows = inner.catalog.rows(inner.root.path()).await?;
+        let mut rows = inner.catalog.rows(inner.root.path()).await?;
+        // Whoever they were made for is gone, and what was restored from them needs them no more.
+        for (id, _) in rows.extract_if(|_, row| row.entry.manifest.kind == SnapshotKind::Temporary)
+        {
+            inner.catalog.delete(&id, inner.root.path()).await?;
+            remove_tree(&self.snapshot_dir(&id))?;
+            report.temporary_removed.push(id);
+        }
         for entry in std::fs::read_dir(&inner.snapshots).at("list", &inner.snapshots)? {
             let entry = entry.at("list", &inner.snapshots)?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -58,6 +65,10 @@ impl Store {
                     report.usable += 1;
                     if !durable {
                         self.finish_later(&entry.manifest, None);
+                    } else if interrupted {
+                        // A disk that lied about a flush has the size right and not the content.
+                        self.check_later(&id).await?;
+                        report.checking += 1;
                     }
                 }
             }
@@ -82,6 +93,6 @@ impl Store {
         manifest
             .parts
             .iter()
-            .find_map(|part| digest::damage(&dir.join(&part.name), part.size, None))
+            .find_map(|part| digest::damage(&dir.join(&part.name), part.size, None, || true))
     }
 }
