@@ -65,8 +65,8 @@ pub struct Sandbox {
     pub base: SnapshotId,
     /// What it consists of while it is paused, being paused or being resumed.
     pub pause: Option<Pause>,
-    /// What it is being rolled back to.
-    pub(crate) rollback_to: Option<SnapshotId>,
+    /// What it is being rolled back to, while it is.
+    pub rollback_to: Option<SnapshotId>,
 }
 
 /// What happens when a sandbox's time is up, and what traffic does while it is paused.

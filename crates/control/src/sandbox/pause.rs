@@ -191,8 +191,8 @@ impl Inner {
             let patience = inner.config.auto_pause_patience;
             let deadline = Instant::now() + patience;
             let mut wait = RETRY_AFTER;
-            loop {
-                let last = Instant::now() >= deadline;
+            for attempt in 0.. {
+                let last = attempt > 0 && Instant::now() >= deadline;
                 match inner.auto_pause(&entry, last).await {
                     Outcome::Over => return,
                     Outcome::Failed if last => break,
