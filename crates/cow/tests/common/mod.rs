@@ -5,6 +5,8 @@
     reason = "every test binary uses another part of this"
 )]
 
+pub mod model;
+
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
