@@ -83,10 +83,11 @@ impl AppState {
     /// begin with `cubicle_` too.
     #[must_use]
     pub fn new(control: Control, config: ApiConfig, register: impl FnOnce(&mut Registry)) -> Self {
+        let metrics = Metrics::new(&control, register);
         Self {
             control,
             config: Arc::new(config),
-            metrics: Metrics::new(register),
+            metrics,
         }
     }
 }

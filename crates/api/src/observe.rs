@@ -7,10 +7,7 @@ use std::{
     time::Duration,
 };
 
-use cubicle_control::{
-    Control,
-    fleet::{Phase, SnapshotTaken},
-};
+use cubicle_control::{Control, fleet::Phase};
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{
@@ -96,8 +93,9 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// The server's own metrics, and whatever `more` registers beside them.
-    pub(crate) fn new(more: impl FnOnce(&mut Registry)) -> Self {
+    /// The server's own metrics, those of the control plane, and whatever `more` registers beside
+    /// them.
+    pub(crate) fn new(control: &Control, more: impl FnOnce(&mut Registry)) -> Self {
         let mut registry = Registry::with_prefix("cubicle");
         let mut metrics = Self {
             registry: Arc::default(),
@@ -167,6 +165,7 @@ impl Metrics {
             Unit::Bytes,
             m.memory_used.clone(),
         );
+        control.metrics.register(&mut registry);
         more(&mut registry);
         metrics.registry = Arc::new(registry);
         metrics
@@ -202,17 +201,6 @@ impl Metrics {
                 .get_or_create(&PhaseName { phase: phase.name });
             histogram.observe(phase.took.as_secs_f64());
         }
-    }
-
-    /// Counts an operation on a sandbox that exists.
-    pub(crate) fn operation(&self, operation: Operation, worked: bool, took: Duration) {
-        self.operations.count(operation, worked, took);
-    }
-
-    /// Counts what freezing a sandbox came to.
-    pub(crate) fn freeze(&self, operation: Operation, taken: &SnapshotTaken) {
-        self.operations.freeze(operation, taken);
-        self.phases(operation, &taken.phases);
     }
 
     /// Counts the steps of an operation.

@@ -59,13 +59,9 @@ pub(crate) async fn fork_it(
 ) -> ApiResult<(Forked, Duration)> {
     let request = body.request()?;
     let began = Instant::now();
-    let result = state.control.sandboxes.fork(id, request).await;
+    let forked = state.control.sandboxes.fork(id, request).await?;
     let took = began.elapsed();
-    state
-        .metrics
-        .operation(Operation::Fork, result.is_ok(), took);
-    let forked = result?;
-    state.metrics.freeze(Operation::Fork, &forked.taken);
+    state.metrics.phases(Operation::Fork, &forked.taken.phases);
     Ok((forked, took))
 }
 
@@ -111,12 +107,8 @@ pub(crate) async fn rollback_it(
     snapshot: &str,
 ) -> ApiResult<(RolledBack, Duration)> {
     let began = Instant::now();
-    let result = state.control.sandboxes.rollback(id, snapshot).await;
+    let done = state.control.sandboxes.rollback(id, snapshot).await?;
     let took = began.elapsed();
-    state
-        .metrics
-        .operation(Operation::Rollback, result.is_ok(), took);
-    let done = result?;
     state.metrics.phases(Operation::Rollback, &done.phases);
     Ok((done, took))
 }

@@ -66,11 +66,8 @@ pub(crate) async fn pause_it(
     let began = Instant::now();
     let result = state.control.sandboxes.pause(id, body.request()).await;
     let took = began.elapsed();
-    state
-        .metrics
-        .operation(Operation::Pause, result.is_ok(), took);
     let taken = result.map_err(ApiError::of_pause)?.taken;
-    state.metrics.freeze(Operation::Pause, &taken);
+    state.metrics.phases(Operation::Pause, &taken.phases);
     let mut response = answer(&taken, took);
     timing::add(&mut response, &taken.phases, took);
     timing::cost(&mut response, &taken);
@@ -182,12 +179,6 @@ fn answer(
     began: Instant,
 ) -> ApiResult<Response> {
     let took = began.elapsed();
-    // A connect to a sandbox that runs is no resume.
-    if result.as_ref().map_or(true, |connected| connected.resumed) {
-        state
-            .metrics
-            .operation(Operation::Resume, result.is_ok(), took);
-    }
     let connected = result.map_err(ApiError::of_create)?;
     state.metrics.phases(Operation::Resume, &connected.phases);
     let status = if connected.resumed {

@@ -60,10 +60,8 @@ pub(crate) async fn create_it(
     let began = Instant::now();
     let result = state.control.snapshots.create(id, request).await;
     let took = began.elapsed();
-    state
-        .metrics
-        .operation(Operation::Snapshot, result.is_ok(), took);
     let creation = result.map_err(ApiError::of_pause)?;
-    state.metrics.freeze(Operation::Snapshot, &creation.taken);
+    let phases = &creation.taken.phases;
+    state.metrics.phases(Operation::Snapshot, phases);
     Ok((creation, took))
 }

@@ -165,3 +165,15 @@ impl Server {
         created["sandboxID"].as_str().expect("an id").to_owned()
     }
 }
+
+/// What the headers of every answer to a freeze say.
+#[track_caller]
+pub fn numbers_of_a_freeze(answer: &Answer) {
+    assert_eq!(answer.header("cubicle-tier"), "anonymous_pages");
+    let scanned = (512_u64 << 20).to_string();
+    let dirty = (7_u64 << 20).to_string();
+    assert_eq!(answer.header("cubicle-bytes-scanned"), scanned);
+    assert_eq!(answer.header("cubicle-bytes-dirty"), dirty);
+    assert_eq!(answer.header("cubicle-bytes-written"), dirty);
+    assert_eq!(answer.header("cubicle-frozen-ms"), "5.000");
+}
