@@ -224,6 +224,11 @@ impl MemoryFleet {
         self.lock().sandboxes.keys().cloned().collect()
     }
 
+    /// The life that a sandbox's VM is in.
+    pub fn generation_of(&self, id: &SandboxId) -> Option<u64> {
+        Some(self.lock().sandboxes.get(id)?.generation)
+    }
+
     /// The ids of the snapshots that exist.
     pub fn snapshot_ids(&self) -> Vec<SnapshotId> {
         self.lock().snapshots.keys().cloned().collect()
