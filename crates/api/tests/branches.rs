@@ -9,6 +9,7 @@ use cubicle_control::fleet::{FleetError, FreezeKind, SnapshotKind, memory::Step}
 use http::Method;
 use serde_json::{Value, json};
 
+#[allow(clippy::expect_used, reason = "a helper of tests may panic")]
 async fn snapshot(server: &Server, id: &str, body: Value) -> String {
     let path = format!("/sandboxes/{id}/snapshots");
     let taken = server.post(&path, body).await.expect(201).json();

@@ -207,6 +207,7 @@ async fn lists_show_who_sleeps() {
         ids.sort();
         ids
     };
+    let only = |id: &String| vec![id.clone()];
     let mut both = vec![awake.clone(), asleep.clone()];
     both.sort();
     for prefix in ["", "/cubeapi/v1"] {
@@ -214,11 +215,11 @@ async fn lists_show_who_sleeps() {
         assert_eq!(ids(&path("/v2/sandboxes"), "x").await, both);
         assert_eq!(
             ids(&path("/v2/sandboxes?state=paused"), "x").await,
-            [asleep.clone()]
+            only(&asleep)
         );
         assert_eq!(
             ids(&path("/v2/sandboxes?state=running"), "x").await,
-            [awake.clone()]
+            only(&awake)
         );
         assert_eq!(
             ids(&path("/v2/sandboxes?state=running,paused"), "x").await,
@@ -226,17 +227,17 @@ async fn lists_show_who_sleeps() {
         );
         assert_eq!(
             ids(&path("/v2/sandboxes?state=paused&metadata=a%3Db"), "x").await,
-            [asleep.clone()]
+            only(&asleep)
         );
         // Cube's clients see all of them here, E2B's those that run.
         assert_eq!(ids(&path("/sandboxes"), "python-requests/2").await, both);
         assert_eq!(
             ids(&path("/sandboxes"), "e2b-python-sdk/2.45.1").await,
-            [awake.clone()]
+            only(&awake)
         );
         assert_eq!(
             ids(&path("/sandboxes?state=paused"), "e2b-python-sdk/2.45.1").await,
-            [asleep.clone()]
+            only(&asleep)
         );
     }
     let page = server.get("/v2/sandboxes?limit=1").await.expect(200);
