@@ -121,6 +121,13 @@ pub(crate) struct Up {
     /// Most sandboxes that may exist at the same time
     #[arg(long, default_value_t = 200)]
     pub(crate) max_sandboxes: u32,
+    /// How many VMs wait, restored, for sandboxes to come; 0 for none [default: two for each CPU]
+    #[arg(long, value_name = "N")]
+    pub(crate) spares: Option<usize>,
+    /// How the memory that a sandbox has written is found: `auto`, `soft-dirty`, `anonymous-pages`
+    /// or `full`
+    #[arg(long, value_name = "TIER", default_value = "auto")]
+    pub(crate) memory_tier: cubicle_cow::memory::TierChoice,
     /// Largest size of the store, when Cubicle has to make a file system of its own for it
     #[arg(long, value_name = "GIB", default_value_t = 64)]
     pub(crate) store_gib: u64,

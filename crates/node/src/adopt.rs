@@ -186,9 +186,14 @@ fn find_origin(node: &Inner, row: &Row, id: &SandboxId, vm: &dyn Vm) -> Result<O
         // A row of an older version of this program.
         None => node.store.snapshot(&row.snapshot)?.manifest().clone(),
     };
-    let captured = node.store.snapshot(&manifest.id).ok();
-    let captured = captured.map(|snapshot| snapshot.memory_image());
-    let memory = Memory::adopted(node.config.memory_tier, id, vm, captured.as_deref())?;
+    let tier = node.config.memory_tier;
+    let memory = if manifest.has_memory() {
+        let captured = node.store.snapshot(&manifest.id).ok();
+        let captured = captured.map(|snapshot| snapshot.memory_image());
+        Memory::adopted(tier, id, vm, captured.as_deref())?
+    } else {
+        Memory::booted(tier)?
+    };
     Ok(Origin { manifest, memory })
 }
 

@@ -52,9 +52,11 @@ impl Memory {
             Some(image) => image,
             None => started_from(&source(id, &vm.memory()?)?)?,
         };
+        // One that was booted has mapped a device that is all zeros.
+        let is_image = image.metadata().is_ok_and(|metadata| metadata.is_file());
         Ok(Self {
             tracker: Arc::new(Mutex::new(Tracker::new(choice)?)),
-            image: Some(Arc::new(image)),
+            image: is_image.then(|| Arc::new(image)),
         })
     }
 

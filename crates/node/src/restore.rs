@@ -1,6 +1,10 @@
-//! Restore: the one way in which a snapshot becomes a running VM.
+//! Restore: the one way in which a snapshot becomes a running VM. One that holds disks only is
+//! booted.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use cubicle_cow::{Snapshot, VolumeName};
 use cubicle_ids::SandboxId;
@@ -21,6 +25,13 @@ use crate::{
     node::{Inner, blocking},
     sandbox::{Live, Origin, check_stop, contained, unless_stopped},
 };
+
+/// What kernel and init of a guest are told. Each word from `lsm` on takes away something that a
+/// machine with one tenant inside a VM does not need and that would run on the way to every answer,
+/// most of all in the first moments after a restore: security modules besides capabilities, the
+/// watchdog for stuck CPUs, pressure accounting, and auditing.
+pub(crate) const CMDLINE: &str = "quiet cubicle.root=/dev/vda cubicle.rootfstype=ext4 \
+    lsm=capability nowatchdog psi=0 audit=0";
 
 /// In a manifest's options of the VM: [`cubicle_vmm::Hypervisor::machine`].
 pub(crate) const MACHINE: &str = "machine";
@@ -178,7 +189,7 @@ pub(crate) async fn restore(
 
     let begun = Instant::now();
     let shape = shape_of(order.snapshot);
-    let memory = Memory::restored(node.config.memory_tier, &order.snapshot.memory_image())?;
+    let (boot, memory, patience) = start_of(node, &order)?;
     let spec = VmSpec {
         disks: disks.clone(),
         tap: attachment.tap,
@@ -193,10 +204,7 @@ pub(crate) async fn restore(
             VM_UID_BASE + index,
             shape.cpus,
             shape.memory_mib,
-            Boot::Restore {
-                memory: order.snapshot.memory_image(),
-                device_state: order.snapshot.device_state(),
-            },
+            boot,
         )
     };
     node.failpoints.pass("create/launch").await?;
@@ -219,7 +227,6 @@ pub(crate) async fn restore(
             id,
             unless_stopped(id, stop, async {
                 node.failpoints.pass("create/channel").await?;
-                let patience = node.config.deadlines.answer;
                 Link::open(vm.clone(), id, order.identity.clone(), patience).await
             })
         )
@@ -247,6 +254,29 @@ pub(crate) async fn restore(
         },
         timings,
     })
+}
+
+/// How the VM starts, what becomes of its memory, and how long its guest may take to answer.
+fn start_of(node: &Inner, order: &Restore<'_>) -> Result<(Boot, Memory, Duration)> {
+    let (snapshot, tier) = (order.snapshot, node.config.memory_tier);
+    if snapshot.has_memory() {
+        let image = snapshot.memory_image();
+        let memory = Memory::restored(tier, &image)?;
+        let boot = Boot::Restore {
+            memory: image,
+            device_state: snapshot.device_state(),
+        };
+        return Ok((boot, memory, node.config.deadlines.answer));
+    }
+    let files = order.kernel.clone().ok_or_else(|| Error::NoKernel {
+        snapshot: snapshot.id().clone(),
+    })?;
+    let boot = Boot::Cold {
+        kernel: files.kernel,
+        initramfs: files.initramfs,
+        cmdline: CMDLINE.to_owned(),
+    };
+    Ok((boot, Memory::booted(tier)?, node.config.deadlines.boot))
 }
 
 /// Writes down what is about to exist.

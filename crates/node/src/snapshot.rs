@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use cubicle_cow::Manifest;
+use cubicle_cow::{Contents, Manifest};
 use cubicle_ids::SandboxId;
 
 use crate::{
@@ -25,7 +25,8 @@ pub(crate) async fn snapshot(
     let taken = take(node, sandbox, running, order, After::Resume).await?;
     tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "snapshot taken");
     // From here on only what differs from this snapshot is new.
-    if let Ok(snapshot) = node.store.snapshot(&taken.manifest.id)
+    if taken.manifest.has_memory()
+        && let Ok(snapshot) = node.store.snapshot(&taken.manifest.id)
         && running
             .origin
             .memory
@@ -129,8 +130,13 @@ fn descendant(origin: &Manifest, order: &TakeSnapshot, live: &Live) -> Manifest 
     );
     let mut manifest = manifest.child_of(origin);
     manifest.labels.clone_from(&origin.labels);
-    manifest
-        .guest_nonce
-        .clone_from(live.identity.nonce.as_ref().unwrap_or(&origin.guest_nonce));
+    if order.memory {
+        let nonce = live.identity.nonce.as_ref();
+        manifest
+            .guest_nonce
+            .clone_from(nonce.unwrap_or(&origin.guest_nonce));
+    } else {
+        manifest.contents = Contents::Disks;
+    }
     manifest
 }

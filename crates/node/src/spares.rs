@@ -108,7 +108,7 @@ impl Spares {
         let kind = snapshot.manifest().kind;
         // Others are restored once.
         let reused = matches!(kind, SnapshotKind::Template | SnapshotKind::User);
-        if self.policy.max == 0 || !reused {
+        if self.policy.max == 0 || !reused || !snapshot.has_memory() {
             return None;
         }
         let mut offers = {

@@ -30,16 +30,9 @@ use crate::{
     link::{Identity, Link},
     memory::Memory,
     node::{Inner, blocking},
-    restore::{MACHINE, Restore, restore},
+    restore::{CMDLINE, MACHINE, Restore, restore},
     sandbox::{check_stop, contained, unless_stopped},
 };
-
-/// What kernel and init of a guest are told. Each word from `lsm` on takes away something that a
-/// machine with one tenant inside a VM does not need and that would run on the way to every answer,
-/// most of all in the first moments after a restore: security modules besides capabilities, the
-/// watchdog for stuck CPUs, pressure accounting, and auditing.
-const CMDLINE: &str = "quiet cubicle.root=/dev/vda cubicle.rootfstype=ext4 \
-    lsm=capability nowatchdog psi=0 audit=0";
 
 /// How often removing what a build held is tried before it is left to the next start.
 const RELEASE_ATTEMPTS: u32 = 5;

@@ -8,13 +8,16 @@ use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use cubicle_control::fleet::{
     BuildOrder, BuildStep, Built, CreateOrder, Created, Fact, Fleet, FleetError, FleetEvent,
-    HostUsage, Level, Machine, NetworkOptions, Phase, Usage,
+    FreezeKind, FreezeOrder, HostUsage, Level, Machine, NetworkOptions, Phase, SnapshotFact,
+    SnapshotKind, SnapshotTaken, Usage,
 };
+use cubicle_cow::memory::Tier;
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe};
 use cubicle_net::EgressPolicy;
 use cubicle_node::{
-    CreateSandbox, ImageSource, KillOutcome, Node, NodeEvent, SandboxState, TemplateBuild, WarmUp,
+    BootFiles, CreateSandbox, ImageSource, KillOutcome, Node, NodeEvent, SandboxState,
+    TakeSnapshot, Taken, TemplateBuild, WarmUp,
 };
 use time::OffsetDateTime;
 use tokio::sync::{broadcast, mpsc};
@@ -82,6 +85,39 @@ impl NodeFleet {
         })
     }
 
+    /// What the node is asked for when control orders a VM.
+    async fn request(&self, order: CreateOrder) -> Result<CreateSandbox, FleetError> {
+        let kernel = match self.node.store().snapshot(&order.snapshot) {
+            Ok(snapshot) if !snapshot.manifest().has_memory() => Some(self.boot_files().await?),
+            // What is wrong with a snapshot, the node says.
+            _ => None,
+        };
+        Ok(CreateSandbox {
+            id: order.id,
+            snapshot: order.snapshot,
+            template: Some(order.template),
+            env_vars: order.env_vars.into_iter().collect(),
+            access_token: Some(order.envd_token),
+            egress: egress(&order.network),
+            limits: None,
+            last_generation: 0,
+            kernel,
+        })
+    }
+
+    /// The kernel of this server's templates; made already, unless something of it was lost.
+    async fn boot_files(&self) -> Result<BootFiles, FleetError> {
+        let Images {
+            dir, kernel, guest, ..
+        } = &self.images;
+        let kernel = cubicle_image::prepare_kernel(dir, kernel, guest, &Progress::silent()).await;
+        let kernel = kernel.map_err(|error| failed("prepare the kernel")(error.into()))?;
+        Ok(BootFiles {
+            kernel: kernel.vmlinux,
+            initramfs: kernel.initramfs,
+        })
+    }
+
     /// The build that an order stands for.
     fn template(&self, order: &BuildOrder) -> Result<TemplateBuild, FleetError> {
         let recipe = match order.recipe.as_str() {
@@ -112,19 +148,23 @@ impl NodeFleet {
     }
 }
 
+/// An error of the node in control's words, for something that was `doing`.
 fn failed(doing: impl Into<String>) -> impl FnOnce(cubicle_node::Error) -> FleetError {
+    use cubicle_node::Error as E;
     let doing = doing.into();
-    move |error| {
-        if error.is_capacity() {
-            FleetError::Capacity {
-                why: Chain(&error).to_string(),
-            }
-        } else {
-            FleetError::Failed {
-                doing,
-                why: Chain(&error).to_string(),
-            }
-        }
+    move |error| match error {
+        error if error.is_capacity() => FleetError::Capacity {
+            why: Chain(&error).to_string(),
+        },
+        E::NotFound { id } | E::NotReady { id } | E::Killed { id } => FleetError::NoSandbox { id },
+        E::Store(cubicle_cow::Error::NotFound(id)) => FleetError::NoSnapshot { id },
+        E::Store(cubicle_cow::Error::Failed { id, reason }) => FleetError::Damaged { id, reason },
+        E::Busy { id } => FleetError::Busy { id },
+        E::Unresponsive { id, .. } => FleetError::Unresponsive { id },
+        error => FleetError::Failed {
+            doing,
+            why: Chain(&error).to_string(),
+        },
     }
 }
 
@@ -139,43 +179,143 @@ fn egress(options: &NetworkOptions) -> Option<EgressPolicy> {
     (!policy.is_allow_all()).then_some(policy)
 }
 
+/// A VM that answers, in control's words.
+fn told(created: cubicle_node::Created) -> Created {
+    let phases = created.timings.phases().into_iter();
+    Created {
+        generation: created.generation,
+        phases: phases.map(|(name, took)| Phase { name, took }).collect(),
+    }
+}
+
+/// What the node is asked for when control orders a freeze.
+fn freeze(order: &FreezeOrder) -> TakeSnapshot {
+    TakeSnapshot {
+        snapshot: order.snapshot.clone(),
+        kind: match order.kind {
+            FreezeKind::User => cubicle_cow::SnapshotKind::User,
+            FreezeKind::Pause => cubicle_cow::SnapshotKind::Pause,
+            FreezeKind::Temporary => cubicle_cow::SnapshotKind::Temporary,
+        },
+        memory: order.memory,
+        quiesce: order.quiesce,
+        require_healthy: order.require_healthy,
+    }
+}
+
+/// A snapshot that was taken, in control's words.
+fn report(taken: &Taken) -> SnapshotTaken {
+    let manifest = &taken.manifest;
+    let memory = manifest.memory;
+    let phases = taken.timings.phases().into_iter();
+    SnapshotTaken {
+        snapshot: manifest.id.clone(),
+        tier: match memory.tier {
+            _ if !manifest.has_memory() => "none",
+            Tier::SoftDirty => "soft_dirty",
+            Tier::AnonymousPages => "anonymous_pages",
+            _ => "full",
+        },
+        bytes_scanned: memory.bytes_scanned,
+        bytes_dirty: memory.bytes_dirty,
+        bytes_written: memory.bytes_written,
+        frozen: taken.timings.frozen,
+        phases: phases.map(|(name, took)| Phase { name, took }).collect(),
+        parent: manifest.parent.clone(),
+    }
+}
+
+/// A snapshot of the store, in control's words. Blocking.
+fn fact(store: &cubicle_cow::Store, entry: &cubicle_cow::SnapshotEntry) -> SnapshotFact {
+    use cubicle_cow::{SnapshotKind as Kind, SnapshotState as State};
+    let manifest = &entry.manifest;
+    let sizes = store.sizes(&manifest.id).unwrap_or_default();
+    let (durable, failure) = match &entry.state {
+        State::Published { durable } => (*durable, None),
+        State::Failed { reason } => (false, Some(reason.clone())),
+    };
+    let disk = manifest.disks.first().map_or(0, |disk| disk.size >> 20);
+    SnapshotFact {
+        id: manifest.id.clone(),
+        kind: match manifest.kind {
+            Kind::Template => SnapshotKind::Template,
+            Kind::User => SnapshotKind::Frozen(FreezeKind::User),
+            Kind::Pause => SnapshotKind::Frozen(FreezeKind::Pause),
+            Kind::Temporary => SnapshotKind::Frozen(FreezeKind::Temporary),
+        },
+        parent: manifest.parent.clone(),
+        lineage: manifest.lineage.clone(),
+        created_at: manifest.created_at,
+        logical_bytes: sizes.logical_bytes,
+        own_bytes: sizes.own_bytes,
+        durable,
+        failure,
+        memory: manifest.has_memory(),
+        memory_mib: manifest.vm.memory_mib,
+        cpus: manifest.vm.cpus,
+        disk_mib: u32::try_from(disk).unwrap_or(u32::MAX),
+    }
+}
+
 #[async_trait]
 impl Fleet for NodeFleet {
     async fn create(&self, order: CreateOrder) -> Result<Created, FleetError> {
-        let snapshot = order.snapshot.clone();
+        let doing = format!("create sandbox {}", order.id);
+        let request = self.request(order).await?;
+        let created = self.node.create(request).await;
+        created.map(told).map_err(failed(doing))
+    }
+
+    async fn snapshot(&self, order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
+        let taken = self.node.snapshot(&order.id, freeze(&order)).await;
+        taken
+            .map(|taken| report(&taken))
+            .map_err(failed(format!("take a snapshot of sandbox {}", order.id)))
+    }
+
+    async fn pause(&self, order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
+        let taken = self.node.pause(&order.id, freeze(&order)).await;
+        taken
+            .map(|taken| report(&taken))
+            .map_err(failed(format!("pause sandbox {}", order.id)))
+    }
+
+    async fn resume(
+        &self,
+        order: CreateOrder,
+        last_generation: u64,
+    ) -> Result<Created, FleetError> {
+        let doing = format!("resume sandbox {}", order.id);
         let request = CreateSandbox {
-            id: order.id.clone(),
-            snapshot: order.snapshot,
-            template: Some(order.template),
-            env_vars: order.env_vars.into_iter().collect(),
-            access_token: Some(order.envd_token),
-            egress: egress(&order.network),
-            limits: None,
+            last_generation,
+            ..self.request(order).await?
         };
-        let created = self
-            .node
-            .create(request)
-            .await
-            .map_err(|error| match error {
-                cubicle_node::Error::Store(cubicle_cow::Error::NotFound(_)) => {
-                    FleetError::NoSnapshot { id: snapshot }
-                }
-                other => failed(format!("create sandbox {}", order.id))(other),
-            })?;
-        let timings = created.timings;
-        let mut phases: Vec<Phase> = timings
-            .phases()
-            .into_iter()
-            .map(|(name, took)| Phase { name, took })
-            .collect();
-        phases.push(Phase {
-            name: "restore",
-            took: timings.launch + timings.channel,
+        let created = self.node.create(request).await;
+        created.map(told).map_err(failed(doing))
+    }
+
+    async fn rollback(&self, order: CreateOrder) -> Result<Created, FleetError> {
+        let doing = format!("roll sandbox {} back to {}", order.id, order.snapshot);
+        let request = self.request(order).await?;
+        let created = self.node.rollback(request).await;
+        created.map(told).map_err(failed(doing))
+    }
+
+    async fn snapshots(&self) -> Result<Vec<SnapshotFact>, FleetError> {
+        let store = self.node.store().clone();
+        let facts = tokio::task::spawn_blocking(move || {
+            let entries = store.list();
+            entries.iter().map(|entry| fact(&store, entry)).collect()
         });
-        Ok(Created {
-            generation: created.generation,
-            phases,
+        facts.await.map_err(|error| FleetError::Failed {
+            doing: "list the snapshots".to_owned(),
+            why: error.to_string(),
         })
+    }
+
+    async fn verify_snapshot(&self, id: &SnapshotId) -> Result<(), FleetError> {
+        let verified = self.node.store().verify(id).await;
+        verified.map_err(|error| failed(format!("verify snapshot {id}"))(error.into()))
     }
 
     async fn kill(&self, id: &SandboxId) -> Result<bool, FleetError> {
@@ -266,13 +406,10 @@ impl Fleet for NodeFleet {
     }
 
     async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError> {
-        match self.node.store().delete(id).await {
+        match self.node.delete_snapshot(id).await {
             Ok(()) => Ok(true),
-            Err(cubicle_cow::Error::NotFound(_)) => Ok(false),
-            Err(error) => Err(FleetError::Failed {
-                doing: format!("delete snapshot {id}"),
-                why: Chain(&error).to_string(),
-            }),
+            Err(cubicle_node::Error::Store(cubicle_cow::Error::NotFound(_))) => Ok(false),
+            Err(error) => Err(failed(format!("delete snapshot {id}"))(error)),
         }
     }
 

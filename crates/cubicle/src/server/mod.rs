@@ -23,7 +23,7 @@ use cubicle_cow::{
 };
 use cubicle_image::{GuestBinary, KernelSource, Progress};
 use cubicle_net::{PoolConfig, SlotPool};
-use cubicle_node::{Node, NodeConfig};
+use cubicle_node::{Node, NodeConfig, SparePolicy};
 use cubicle_proxy::Proxy;
 use cubicle_vmm::{
     probe::{self, ProbeConfig, Verdict},
@@ -502,6 +502,9 @@ async fn open_services(
     let mut config = NodeConfig::new(&dirs.data, &dirs.run)
         .map_err(|error| Error::setup("configure the node", error))?;
     config.limits.max_sandboxes = options.max_sandboxes as usize;
+    config.spares = SparePolicy::for_host();
+    config.spares.max = options.spares.unwrap_or(config.spares.max);
+    config.memory_tier = options.memory_tier;
     config.guest.user = USER.to_owned();
     config.guest.dns_servers.clone_from(&options.dns);
     let (node, adopted) = Node::open(config, Arc::new(qemu), store, Some(slots))
