@@ -18,6 +18,10 @@ use crate::{
 /// Sizes are taken to be right for this long while no snapshot or volume comes or goes: a VM that
 /// writes to its disk makes blocks of the snapshot that it came from unshared, and says nothing.
 const AGE: Duration = Duration::from_secs(30);
+/// The file system gives back the blocks of deleted files in its own time. For this long after a
+/// change, sizes are looked up again as soon as they are [`FRESH`] no more.
+const SETTLED: Duration = Duration::from_secs(5);
+const FRESH: Duration = Duration::from_millis(500);
 
 /// The space that a snapshot takes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,16 +33,45 @@ pub struct Sizes {
     pub own_bytes: u64,
 }
 
-/// Sizes that were looked up, and when.
+/// Sizes that were looked up.
 #[derive(Debug, Default)]
-pub(super) struct SizeCache(Mutex<HashMap<SnapshotId, Known>>);
+pub(super) struct SizeCache(Mutex<Inner>);
 
-#[derive(Debug, Clone, Copy)]
-struct Known {
-    /// How many changes there had been to the sets of snapshots and of volumes.
-    changes: (u64, u64),
-    at: Instant,
-    sizes: Sizes,
+#[derive(Debug, Default)]
+struct Inner {
+    /// How many changes there have been to the sets of snapshots and of volumes, and when that
+    /// became known here.
+    changes: Option<((u64, u64), Instant)>,
+    known: HashMap<SnapshotId, (Instant, Sizes)>,
+}
+
+impl SizeCache {
+    fn get(&self, id: &SnapshotId, changes: (u64, u64)) -> Option<Sizes> {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let changed_at = match inner.changes {
+            Some((known, at)) if known == changes => at,
+            _ => {
+                inner.known.clear();
+                inner.changes = Some((changes, now));
+                now
+            }
+        };
+        let (at, sizes) = *inner.known.get(id)?;
+        let valid = if at.duration_since(changed_at) < SETTLED {
+            FRESH
+        } else {
+            AGE
+        };
+        (now.duration_since(at) < valid).then_some(sizes)
+    }
+
+    fn put(&self, id: &SnapshotId, changes: (u64, u64), sizes: Sizes) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.changes.is_some_and(|(known, _)| known == changes) {
+            inner.known.insert(id.clone(), (Instant::now(), sizes));
+        }
+    }
 }
 
 impl Store {
@@ -50,21 +83,12 @@ impl Store {
     /// [`Error::NotFound`]; or if its files cannot be asked.
     pub fn sizes(&self, id: &SnapshotId) -> Result<Sizes> {
         let entry = self.entry(id).ok_or_else(|| Error::NotFound(id.clone()))?;
-        let cache = &self.inner.sizes.0;
         let changes = (
             *self.inner.changes.borrow(),
             self.inner.volume_changes.load(Ordering::Acquire),
         );
-        let known = cache
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(id)
-            .copied();
-        if let Some(known) = known
-            && known.changes == changes
-            && known.at.elapsed() < AGE
-        {
-            return Ok(known.sizes);
+        if let Some(sizes) = self.inner.sizes.get(id, changes) {
+            return Ok(sizes);
         }
         let dir = self.snapshot_dir(id);
         let mut sizes = Sizes::default();
@@ -81,22 +105,7 @@ impl Store {
                 Err(error) => return Err(error),
             }
         }
-        let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Known {
-            changes,
-            at: Instant::now(),
-            sizes,
-        };
-        cache.insert(id.clone(), now);
+        self.inner.sizes.put(id, changes, sizes);
         Ok(sizes)
-    }
-
-    pub(super) fn forget_sizes(&self, id: &SnapshotId) {
-        self.inner
-            .sizes
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(id);
     }
 }

@@ -163,7 +163,6 @@ impl Store {
                 return Err(Error::NotFound(id));
             }
             store.entries_mut(|entries| entries.remove(&id));
-            store.forget_sizes(&id);
             let (dir, grave) = (store.snapshot_dir(&id), store.fresh_tmp(id.as_str()));
             match std::fs::rename(&dir, &grave) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
