@@ -113,8 +113,8 @@ fn find<'a>(trees: &'a [TreeNode], id: &SnapshotId) -> Option<&'a TreeNode> {
 
 /// Which snapshot came from which
 ///
-/// Each below its parent, and templates at the roots. A snapshot that was deleted keeps its place for
-/// as long as something descends from it.
+/// Each below its parent, and templates at the roots. A snapshot that was deleted keeps its place
+/// where lines of descent part.
 #[utoipa::path(
     get, path = "/snapshot-tree", tag = "cubicle",
     params(("sandboxID" = Option<String>, Query, description = "Only those of this sandbox, and what they came from")),

@@ -1,10 +1,10 @@
 //! `cubicle sandbox clone`, `rollback`, `pause` and `resume`.
 
-use std::{process::ExitCode, time::Duration};
+use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use super::snapshot::cost;
+use super::snapshot::{cost, freeze, ms};
 use crate::{client::Client, error::Error, output};
 
 /// Makes copies; prints the id of each. Fails if one could not be made.
@@ -31,8 +31,8 @@ pub(super) async fn clone(
                 (None, None) => eprintln!("error: the server does not say why a copy is missing"),
             }
         }
-        let total = millis(forked.total_ms);
-        eprintln!("{total} in all; the freeze: {}", cost(&forked.snapshot));
+        let total = ms(forked.total_ms);
+        eprintln!("{}, {total} in all", freeze(&forked.snapshot));
     }
     Ok(code(failed == 0))
 }
@@ -55,7 +55,7 @@ pub(super) async fn rollback(
         println!("{}", done.snapshot_id);
         eprintln!(
             "rolled back in {} (life {} of the sandbox)",
-            millis(done.total_ms),
+            ms(done.total_ms),
             done.generation
         );
     }
@@ -136,10 +136,6 @@ fn without_tokens(value: &impl serde::Serialize) -> Value {
         }
     }
     value
-}
-
-fn millis(ms: f64) -> String {
-    output::millis(Duration::from_secs_f64(ms.max(0.0) / 1e3))
 }
 
 fn code(good: bool) -> ExitCode {

@@ -2,7 +2,7 @@
 
 mod tree;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -76,20 +76,29 @@ pub(crate) async fn run(global: &Global, command: Snapshot) -> Result<ExitCode, 
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a freeze cost, on one line.
+/// What a freeze cost and how long the whole call took, on one line.
 pub(super) fn cost(taken: &Taken) -> String {
-    let freeze = output::millis(std::time::Duration::from_secs_f64(taken.frozen_ms / 1e3));
-    let total = output::millis(std::time::Duration::from_secs_f64(taken.total_ms / 1e3));
+    format!("{}, {} in all", freeze(taken), ms(taken.total_ms))
+}
+
+/// What a freeze cost, on one line.
+pub(super) fn freeze(taken: &Taken) -> String {
+    let frozen = ms(taken.frozen_ms);
     if taken.tier == "none" {
-        return format!("disk only, frozen for {freeze}, {total} in all");
+        return format!("disk only, frozen for {frozen}");
     }
     format!(
-        "tier {}, {} written ({} dirty of {} scanned), frozen for {freeze}, {total} in all",
+        "tier {}, {} written ({} dirty of {} scanned), frozen for {frozen}",
         taken.tier,
         output::bytes(taken.bytes_written),
         output::bytes(taken.bytes_dirty),
         output::bytes(taken.bytes_scanned),
     )
+}
+
+/// Milliseconds as the server tells them.
+pub(super) fn ms(ms: f64) -> String {
+    output::millis(Duration::from_secs_f64(ms.max(0.0) / 1e3))
 }
 
 fn table(snapshots: &[SnapshotInfo], now: OffsetDateTime) -> comfy_table::Table {

@@ -95,6 +95,15 @@ impl Guest {
     pub(super) async fn kill(&self, client: &Client) -> Result<(), Error> {
         client.kill(self.id()).await.map(drop)
     }
+
+    /// Kills it and deletes what was taken of it.
+    pub(super) async fn remove(&self, client: &Client) -> Result<(), Error> {
+        self.kill(client).await?;
+        for snapshot in client.snapshots(Some(self.id()), true).await? {
+            client.delete_snapshot(&snapshot.snapshot_id).await?;
+        }
+        Ok(())
+    }
 }
 
 /// Runs `true` in a sandbox.

@@ -65,7 +65,7 @@ async fn room(client: &Client, template: &str) -> Result<u64, Error> {
     room
 }
 
-/// Measures one combination on sandboxes of its own, and kills them whatever happens.
+/// Measures one combination on sandboxes of its own, and removes them whatever happens.
 async fn cell<O: Operation>(
     client: &Client,
     options: &BenchMatrix,
@@ -80,9 +80,9 @@ async fn cell<O: Operation>(
         rounds::<O>(client, options, &guests, dirty, concurrency).await
     }
     .await;
-    let killed = try_join_all(guests.iter().map(|guest| guest.kill(client))).await;
+    let removed = try_join_all(guests.iter().map(|guest| guest.remove(client))).await;
     let cell = outcome?;
-    killed.map(|_| cell)
+    removed.map(|_| cell)
 }
 
 async fn rounds<O: Operation>(

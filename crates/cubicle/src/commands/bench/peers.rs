@@ -184,7 +184,7 @@ impl Peers {
 async fn ours(client: &Client, template: &str, rounds: u32) -> Result<Times, Error> {
     let guest = Guest::create(client, template).await?;
     let times = ours_in(client, &guest, rounds).await;
-    guest.kill(client).await?;
+    guest.remove(client).await?;
     times
 }
 
