@@ -83,7 +83,8 @@ impl Share {
                 Ok((Answer::Data, target.into_bytes()))
             }
             Operation::Open { file, write } => {
-                let fd = self.file(file, *write)?;
+                // Not one that was there once, and is open still.
+                let fd = self.open_anew(file, *write)?;
                 self.answer(&fstat(&fd)?)
             }
             Operation::Read { file, offset, len } => self.read(file, *offset, *len as usize),

@@ -50,7 +50,12 @@ pub async fn serve<E: Display>(
     let mut requests = std::pin::pin!(requests);
     let mut frames = Frames::new();
     let in_flight = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
-    let own = Arc::new(Semaphore::new(MAX_PARALLEL));
+    // What the life before has begun must be over: its end is not known to the guest, which is
+    // about to ask again, and would undo what the guest does after that.
+    let all = u32::try_from(MAX_PARALLEL).unwrap_or(u32::MAX);
+    let Ok(_) = share.turns.acquire_many(all).await.map(drop) else {
+        return Ok(());
+    };
     let mut tasks = JoinSet::new();
     while let Some(piece) = requests.next().await {
         frames.push(&piece.map_err(|error| Error::Broken(error.to_string()))?);
@@ -62,7 +67,6 @@ pub async fn serve<E: Display>(
             while tasks.try_join_next().is_some() {}
             let turn = Turn {
                 share: Arc::clone(&share),
-                own: Arc::clone(&own),
                 all: Arc::clone(&workers.permits),
                 replies: replies.clone(),
             };
@@ -79,17 +83,14 @@ pub async fn serve<E: Display>(
 /// One request's way through the queue.
 struct Turn {
     share: Arc<Share>,
-    own: Arc<Semaphore>,
     all: Arc<Semaphore>,
     replies: mpsc::Sender<Bytes>,
 }
 
 impl Turn {
     async fn take(self, frame: Frame<Request>, place: OwnedSemaphorePermit) {
-        let (Ok(own), Ok(all)) = (
-            self.own.acquire_owned().await,
-            self.all.acquire_owned().await,
-        ) else {
+        let turn = Arc::clone(&self.share.turns).acquire_owned().await;
+        let (Ok(own), Ok(all)) = (turn, self.all.acquire_owned().await) else {
             return;
         };
         let share = self.share;

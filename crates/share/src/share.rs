@@ -6,11 +6,13 @@ use rustix::{
     io::Errno,
     process::geteuid,
 };
+use tokio::sync::Semaphore;
 
 use crate::{
     error::{Error, Result},
     files::{OpenFile, OpenFiles},
     root::{Root, reopen},
+    serve::MAX_PARALLEL,
     space::Space,
     status,
 };
@@ -31,6 +33,8 @@ pub struct Share {
     pub(crate) access: Access,
     pub(crate) files: OpenFiles,
     pub(crate) space: Space,
+    /// One for each request that is worked on.
+    pub(crate) turns: Arc<Semaphore>,
     device: u64,
     /// Whom new files are given to; `None`: they are that user's anyway, or cannot be given away.
     owner: Option<(Uid, Gid)>,
@@ -54,6 +58,7 @@ impl Share {
             access,
             files: OpenFiles::new(),
             space: Space::default(),
+            turns: Arc::new(Semaphore::new(MAX_PARALLEL)),
             device: stat.st_dev,
             owner: geteuid().is_root().then_some(owner),
         })
@@ -79,9 +84,18 @@ impl Share {
 
     /// Opens a regular file, or takes it from the cache.
     pub(crate) fn file(&self, file: &FileRef, write: bool) -> rustix::io::Result<Arc<OwnedFd>> {
-        if let Some(fd) = self.files.get(file.inode, write) {
-            return Ok(fd);
+        match self.files.get(file.inode, write) {
+            Some(fd) => Ok(fd),
+            None => self.open_anew(file, write),
         }
+    }
+
+    /// Opens the regular file that is at a path now.
+    pub(crate) fn open_anew(
+        &self,
+        file: &FileRef,
+        write: bool,
+    ) -> rustix::io::Result<Arc<OwnedFd>> {
         let (found, stat) = self.find(file)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {}
