@@ -70,3 +70,68 @@ pub(crate) fn cached(file: &File, offset: u64, len: u64) -> io::Result<Vec<Run>>
     }
     Ok(runs)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::fs::FileExt as _,
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    const LEN: u64 = 64 << 20;
+
+    fn bytes(runs: &[Run]) -> u64 {
+        runs.iter().map(|run| run.len).sum()
+    }
+
+    /// A file on a disk, not in the page cache.
+    fn cold(path: &Path) -> File {
+        let file = File::create_new(path).unwrap();
+        for at in (0..LEN).step_by(1 << 20) {
+            file.write_all_at(&vec![3; 1 << 20], at).unwrap();
+        }
+        file.sync_all().unwrap();
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        // What was written is not mapped for reading.
+        File::open(path).unwrap()
+    }
+
+    #[test]
+    fn what_is_cached_of_the_parent_is_cached_of_the_child() {
+        // Not in memory as /tmp may be.
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let base = cold(&dir.path().join("base"));
+        let path = dir.path().join("image");
+        let image = cold(&path);
+        let all = |file: &File| cached(file, 0, LEN).unwrap();
+        assert_eq!(bytes(&all(&base)), 0);
+        assert_eq!(read_ahead(&base, &path, &Stop::default()).unwrap(), 0);
+        // Two parts in two steps, far enough from each other that nothing reads ahead from one to
+        // the other; random access reads what it is asked for.
+        fadvise(&base, 0, None, Advice::Random).unwrap();
+        let hot = [(5 << 20, 1 << 20), (STEP + (9 << 20), 64 << 10)];
+        for (at, len) in hot {
+            base.read_exact_at(&mut vec![0; len], at).unwrap();
+        }
+        let parent = all(&base);
+        let asked = read_ahead(&base, &path, &Stop::default()).unwrap();
+        assert_eq!(asked, bytes(&parent));
+        assert!(
+            ((1 << 20) + (64 << 10)..8 << 20).contains(&asked),
+            "{asked}"
+        );
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let missing = || {
+            parent
+                .iter()
+                .any(|run| bytes(&cached(&image, run.offset, run.len).unwrap()) < run.len)
+        };
+        while missing() {
+            assert!(Instant::now() < deadline, "not read");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(bytes(&all(&image)) < LEN / 2, "and not all of it");
+    }
+}

@@ -117,13 +117,18 @@ fn by_entries(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
             let mut word = [0; 8];
             word.copy_from_slice(entry);
             let entry = u64::from_ne_bytes(word);
-            if entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE_OR_SHARED == 0 {
+            if is_anonymous(entry) {
                 push(&mut runs, (done + index as u64) * page, page);
             }
         }
         done += want as u64;
     }
     Ok(runs)
+}
+
+/// Whether a page is private and anonymous, by its entry; one that was swapped out is no less so.
+fn is_anonymous(entry: u64) -> bool {
+    entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE_OR_SHARED == 0
 }
 
 pub(super) fn push(runs: &mut Vec<Run>, offset: u64, len: u64) {
@@ -179,6 +184,23 @@ mod tests {
             );
             munmap(start.cast(), PAGES * page).unwrap();
             found
+        }
+    }
+
+    /// Entries as pagemap.rst describes them: what else they hold does not matter.
+    #[test]
+    fn an_entry_tells_what_is_anonymous() {
+        let swapped_out = ENTRY_SWAPPED | 5 | 77 << 5;
+        for (entry, expected) in [
+            (0, false),
+            (ENTRY_PRESENT | 1234, true),
+            (ENTRY_PRESENT | ENTRY_FILE_OR_SHARED | 1234, false),
+            (swapped_out, true),
+            (swapped_out | ENTRY_FILE_OR_SHARED, false),
+            (ENTRY_PRESENT | 1 << 55 | 1 << 56, true),
+            (1 << 55, false),
+        ] {
+            assert_eq!(is_anonymous(entry), expected, "{entry:x}");
         }
     }
 
