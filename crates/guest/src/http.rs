@@ -10,7 +10,7 @@ use axum::{
     routing::{get, post},
 };
 use connectrpc::{ConnectRpcService, Limits};
-use cubicle_protocol::guest_api;
+use cubicle_protocol::{guest_api, share::SHARES_PATH};
 use http::StatusCode;
 use serde::Serialize;
 use tower::ServiceExt as _;
@@ -21,7 +21,7 @@ use crate::{
     files,
     filesystem::Filesystem,
     proto::filesystem::FilesystemExt as _,
-    system,
+    share, system,
 };
 
 /// Largest RPC message, in bytes. Input for programs comes in one message at a time; files have
@@ -73,6 +73,7 @@ impl Api {
     pub fn host_router(&self) -> Router {
         Router::new()
             .route(guest_api::INIT_PATH, post(system::init))
+            .route(&format!("{SHARES_PATH}/{{tag}}"), post(share::serve))
             .route(guest_api::SYNC_PATH, post(system::sync))
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MAX_MESSAGE_SIZE))

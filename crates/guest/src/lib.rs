@@ -24,4 +24,5 @@ pub mod init;
 pub mod journal;
 pub mod process;
 pub mod proto;
+pub mod share;
 pub mod system;

@@ -5,7 +5,7 @@ use std::{
 };
 
 use super::{AccessToken, Accounts, Error, User};
-use crate::system::Meter;
+use crate::{share::Shares, system::Meter};
 
 /// What the host told the daemon. Immutable: a change makes a new one.
 #[derive(Debug, Clone, Default)]
@@ -55,6 +55,7 @@ pub struct State {
     root: PathBuf,
     settings: RwLock<Arc<Settings>>,
     pub(crate) meter: Meter,
+    pub(crate) shares: Shares,
 }
 
 impl State {
@@ -77,6 +78,7 @@ impl State {
             root,
             settings: RwLock::new(Arc::new(settings)),
             meter: Meter::default(),
+            shares: Shares::default(),
         }
     }
 

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     access::{self, State},
+    blocking::blocking,
     fds,
     journal::{Journal, Level},
     proto::process::{
@@ -55,14 +56,33 @@ impl Processes {
     }
 
     /// Starts the program and everything that watches over it.
-    fn launch(&self, launch: &Launch<'_>, tag: Option<String>) -> Result<Started, Error> {
+    async fn launch(&self, launch: &Launch<'_>, tag: Option<String>) -> Result<Started, Error> {
         let config = launch.config;
+        let launched = if self.state.shares.any() {
+            // The program, or its directory, may be in a share. What waits for that waits for this
+            // thread, which must not wait, too.
+            let (state, config) = (Arc::clone(&self.state), config.clone());
+            let (stdio, deadline) = (launch.stdio, launch.deadline);
+            let user = launch.user.map(str::to_owned);
+            blocking(move || {
+                let launch = Launch {
+                    config: &config,
+                    stdio,
+                    user: user.as_deref(),
+                    deadline,
+                };
+                launch.start(&state)
+            })
+            .await
+        } else {
+            launch.start(&self.state)
+        };
         let Launched {
             child,
             stdin,
             terminal,
             outputs,
-        } = launch.start(&self.state).inspect_err(|error| {
+        } = launched.inspect_err(|error| {
             let fields = [("cmd", command_line(config))];
             self.journal.note(Level::Warn, &error.to_string(), fields);
         })?;
@@ -223,7 +243,7 @@ impl Service for Processes {
             user: user.as_deref().filter(|name| !name.is_empty()),
             deadline: context.deadline(),
         };
-        let Started { pid, subscriber } = self.launch(&launch, request.tag)?;
+        let Started { pid, subscriber } = self.launch(&launch, request.tag).await?;
         let events = Events::new(pid, subscriber, context.headers(), context.deadline());
         Response::ok(events.into_stream(|event| StartResponse {
             event: event.into(),

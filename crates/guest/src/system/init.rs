@@ -11,15 +11,16 @@ use axum::{
 };
 use cubicle_protocol::{
     ENVD_VERSION,
-    guest_api::{InitRequest, InitResponse, Timestamp},
+    guest_api::{InitRequest, InitResponse, Mount, Timestamp},
 };
 use http::StatusCode;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::{entropy, names::Names, uncached};
 use crate::{
-    access::{AccessToken, State},
+    access::{AccessToken, State, User},
     http::ApiError,
+    share,
 };
 
 /// A clock that is off by less is left alone: stepping it would only disturb.
@@ -62,6 +63,9 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A directory of the host is not where it should be.
+    #[error(transparent)]
+    Share(#[from] share::Error),
 }
 
 impl From<Error> for ApiError {
@@ -81,13 +85,44 @@ pub(crate) async fn init(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = body.map_err(|error| Error::Request(error.body_text()))?;
-    let request: InitRequest = if body.is_empty() {
+    let mut request: InitRequest = if body.is_empty() {
         InitRequest::default()
     } else {
         serde_json::from_slice(&body).map_err(|error| Error::Request(error.to_string()))?
     };
+    let mounts = request.mounts.take();
     // Not on another thread: what it writes is in memory, and nobody else is served yet.
-    Ok(uncached(Json(apply(&state, request)?)))
+    let response = apply(&state, request)?;
+    if let Some(mounts) = mounts {
+        mount(&state, mounts).await?;
+    }
+    Ok(uncached(Json(response)))
+}
+
+/// Mounts what the host shares. Everything in it belongs to the user of requests that name none, or
+/// to root in a sandbox that hasn't that user.
+async fn mount(state: &State, mounts: Vec<Mount>) -> Result<(), Error> {
+    if mounts.is_empty() && !state.shares.any() {
+        return Ok(());
+    }
+    let user = match state.user(None) {
+        Ok(user) => user,
+        Err(error) => {
+            tracing::warn!(%error, "what is shared with the sandbox belongs to root");
+            root()
+        }
+    };
+    Ok(state.shares.reconcile(mounts, &user).await?)
+}
+
+fn root() -> User {
+    User {
+        name: "root".to_owned(),
+        uid: 0,
+        gid: 0,
+        home: PathBuf::from("/root"),
+        shell: PathBuf::from("/bin/sh"),
+    }
 }
 
 fn apply(state: &State, request: InitRequest) -> Result<InitResponse, Error> {
