@@ -7,7 +7,7 @@
 use std::{path::Path, time::Duration};
 
 use sqlx::{
-    SqlitePool,
+    Sqlite, SqlitePool, Transaction,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 use time::OffsetDateTime;
@@ -57,6 +57,12 @@ impl Db {
             .await
             .map_err(Error::database("open the file for reading"))?;
         Ok(Self { write, read })
+    }
+
+    /// Begins a transaction that writes; `doing` says what for. It is undone unless it is
+    /// committed.
+    pub(crate) async fn begin(&self, doing: &'static str) -> Result<Transaction<'static, Sqlite>> {
+        self.write.begin().await.map_err(Error::database(doing))
     }
 
     pub(crate) async fn close(&self) {
@@ -119,6 +125,43 @@ mod tests {
                 .is_err(),
             "a reader must not write"
         );
+    }
+
+    #[tokio::test]
+    async fn what_an_older_server_wrote_is_understood() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("cubicle.db");
+        let options = SqliteConnectOptions::new()
+            .filename(&path)
+            .create_if_missing(true);
+        let old = SqlitePool::connect_with(options).await.expect("open");
+        let mut first = sqlx::migrate!("./migrations");
+        first.migrations = first.migrations.iter().take(1).cloned().collect();
+        first.run(&old).await.expect("the schema of then");
+        sqlx::query(
+            "INSERT INTO sandboxes (id, template_id, build_id, snapshot_id, state, metadata,
+                 network, envd_token, envd_version, cpu_count, memory_mib, disk_mib, started_at)
+             VALUES ('iold', 'tpl-t', '7f9c24e8-3b12-4fef-91e0-5e6ba4b6a0c5', 'snap-s', 'running',
+                 '{}', '{}', 'token', '0.6.13', 1, 256, 1024, 0)",
+        )
+        .execute(&old)
+        .await
+        .expect("a row of then");
+        old.close().await;
+        let db = Db::open(&path).await.expect("brought up to date");
+        let alive = crate::sandbox::store::Store::new(db)
+            .alive()
+            .await
+            .expect("read");
+        let [sandbox] = &alive[..] else {
+            panic!("{alive:?}")
+        };
+        assert_eq!(sandbox.base, sandbox.snapshot);
+        assert_eq!(
+            sandbox.lifecycle,
+            crate::sandbox::LifecycleOptions::default()
+        );
+        assert_eq!((&sandbox.pause, &sandbox.env_vars), (&None, &Vec::new()));
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod registry;
 mod resume;
 mod rollback;
 mod sampler;
-mod store;
+pub(crate) mod store;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 

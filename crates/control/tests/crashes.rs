@@ -4,6 +4,8 @@
 //! of the fleet: nothing of it runs on, nothing cleans up. What was asked for then has happened or
 //! it has not, and nothing is left over.
 
+#![allow(clippy::expect_used, reason = "a helper of tests may panic")]
+
 mod common;
 
 use std::time::Duration;

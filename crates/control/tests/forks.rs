@@ -1,5 +1,7 @@
 //! One sandbox becomes several, and goes back to what it was.
 
+#![allow(clippy::expect_used, reason = "a helper of tests may panic")]
+
 mod common;
 
 use std::{collections::HashSet, time::Duration};

@@ -1,5 +1,7 @@
 //! Sandboxes that sleep and wake up.
 
+#![allow(clippy::expect_used, reason = "a helper of tests may panic")]
+
 mod common;
 
 use std::{sync::Arc, time::Duration};

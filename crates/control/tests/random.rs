@@ -1,6 +1,8 @@
 //! Whatever is asked for, in whatever order, at once or one after the other, with whatever
 //! failures in between: what is in memory, what is on record, and what the fleet has agree.
 
+#![allow(clippy::expect_used, reason = "a helper of tests may panic")]
+
 mod common;
 
 use std::{
@@ -311,7 +313,7 @@ async fn run(asks: Vec<(Ask, bool)>) {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 80,
+        cases: 40,
         max_shrink_iters: 200,
         failure_persistence: None,
         ..ProptestConfig::default()

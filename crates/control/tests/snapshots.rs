@@ -1,5 +1,7 @@
 //! Snapshots: taken, named, listed, checked, deleted.
 
+#![allow(clippy::expect_used, reason = "a helper of tests may panic")]
+
 mod common;
 
 use std::time::Duration;
@@ -179,7 +181,7 @@ async fn a_name_stands_for_the_newest_of_that_name() {
     );
     assert_eq!(
         ids(snapshots, named("snap-test_it:v2")).await,
-        [tagged.id.clone()]
+        std::slice::from_ref(&tagged.id)
     );
     assert!(ids(snapshots, named("snap-test")).await.is_empty());
     assert!(ids(snapshots, named("NO NAME")).await.is_empty());
@@ -517,7 +519,7 @@ async fn what_a_paused_sandbox_consists_of_is_not_for_deletion() {
     assert!(matches!(not_for_use, Err(Error::TemplateNotFound { .. })));
     assert_eq!(
         ids(&plane.control.snapshots, SnapshotQuery::default()).await,
-        [own.id.clone()],
+        std::slice::from_ref(&own.id),
         "nobody sees it"
     );
     plane

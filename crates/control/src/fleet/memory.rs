@@ -1,8 +1,10 @@
 //! A fleet without machines, for tests of what is above it: it obeys, counts, and fails on demand.
 //!
-//! It keeps the contract of [`Fleet`] to the letter, so that leaks show: a sandbox that is created
+//! It keeps the contract of [`Fleet`](super::Fleet) to the letter, so that leaks show: a sandbox that is created
 //! twice, or a snapshot that is missing, is refused; what is not killed or deleted is still there
 //! at the end. Every operation passes through [`Step`]s, at each of which it can be slow or fail.
+
+mod contract;
 
 use std::{
     collections::HashMap,
@@ -13,7 +15,14 @@ use std::{
     time::Duration,
 };
 
-use super::*;
+use cubicle_ids::{SandboxId, SnapshotId};
+use time::OffsetDateTime;
+use tokio::sync::broadcast;
+
+use super::{
+    CreateOrder, Created, FleetError, FleetEvent, FreezeOrder, Phase, SnapshotFact, SnapshotKind,
+    SnapshotTaken,
+};
 
 /// Machines that exist in memory only.
 #[derive(Debug)]
@@ -421,189 +430,5 @@ fn fact(
         memory_mib: 512,
         cpus: 2,
         disk_mib: 1024,
-    }
-}
-
-#[async_trait]
-impl Fleet for MemoryFleet {
-    async fn create(&self, order: CreateOrder) -> Result<Created, FleetError> {
-        self.creates.fetch_add(1, Ordering::Relaxed);
-        self.reach(Step::Create).await?;
-        if self.lock().sandboxes.contains_key(&order.id) {
-            return Err(FleetError::Failed {
-                doing: format!("create {}", order.id),
-                why: "it exists already".into(),
-            });
-        }
-        self.restore(order, 1)
-    }
-
-    async fn kill(&self, id: &SandboxId) -> Result<bool, FleetError> {
-        self.kills.fetch_add(1, Ordering::Relaxed);
-        self.reach(Step::Kill).await?;
-        let mut state = self.lock();
-        if state.fail_kills > 0 {
-            state.fail_kills -= 1;
-            let doing = format!("kill {id}");
-            return Err(FleetError::Failed {
-                doing,
-                why: "told to fail".into(),
-            });
-        }
-        state.orders.remove(id);
-        Ok(state.sandboxes.remove(id).is_some())
-    }
-
-    async fn snapshot(&self, order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
-        let _doing = self.begin(&order.id)?;
-        self.freeze(&order).await
-    }
-
-    async fn pause(&self, order: FreezeOrder) -> Result<SnapshotTaken, FleetError> {
-        let _doing = self.begin(&order.id)?;
-        let taken = self.freeze(&order).await?;
-        if self.lock().sandboxes.remove(&order.id).is_none() {
-            return Err(FleetError::NoSandbox { id: order.id });
-        }
-        self.reach(Step::Dropped).await?;
-        Ok(taken)
-    }
-
-    async fn resume(
-        &self,
-        order: CreateOrder,
-        last_generation: u64,
-    ) -> Result<Created, FleetError> {
-        self.reach(Step::Resume).await?;
-        if self.lock().sandboxes.contains_key(&order.id) {
-            return Err(FleetError::Failed {
-                doing: format!("resume {}", order.id),
-                why: "it runs already".into(),
-            });
-        }
-        let created = self.restore(order, last_generation + 1)?;
-        self.reach(Step::Resumed).await?;
-        Ok(created)
-    }
-
-    async fn rollback(&self, order: CreateOrder) -> Result<Created, FleetError> {
-        let _doing = self.begin(&order.id)?;
-        self.reach(Step::Rollback).await?;
-        let Some(generation) = self.generation(&order.id) else {
-            return Err(FleetError::NoSandbox { id: order.id });
-        };
-        let created = self.restore(order, generation + 1)?;
-        self.reach(Step::Switched).await?;
-        Ok(created)
-    }
-
-    async fn snapshots(&self) -> Result<Vec<SnapshotFact>, FleetError> {
-        Ok(self.lock().snapshots.values().cloned().collect())
-    }
-
-    async fn verify_snapshot(&self, id: &SnapshotId) -> Result<(), FleetError> {
-        let state = self.lock();
-        let no_snapshot = || FleetError::NoSnapshot { id: id.clone() };
-        match &state.snapshots.get(id).ok_or_else(no_snapshot)?.failure {
-            Some(reason) => Err(FleetError::Damaged {
-                id: id.clone(),
-                reason: reason.clone(),
-            }),
-            None => Ok(()),
-        }
-    }
-
-    async fn sandboxes(&self) -> Result<Vec<Fact>, FleetError> {
-        let state = self.lock();
-        let fact = |(id, vm): (&SandboxId, &Vm)| Fact {
-            id: id.clone(),
-            generation: vm.generation,
-        };
-        Ok(state.sandboxes.iter().map(fact).collect())
-    }
-
-    fn generation(&self, id: &SandboxId) -> Option<u64> {
-        Some(self.lock().sandboxes.get(id)?.generation)
-    }
-
-    async fn usage(&self, id: &SandboxId) -> Result<Usage, FleetError> {
-        if self.generation(id).is_none() {
-            return Err(FleetError::NoSandbox { id: id.clone() });
-        }
-        Ok(Usage {
-            cpu_count: 2,
-            cpu_used_pct: 12.5,
-            mem_used: 64 << 20,
-            mem_total: 512 << 20,
-            mem_cache: 32 << 20,
-            disk_used: 1 << 30,
-            disk_total: 2 << 30,
-        })
-    }
-
-    async fn host_usage(&self, id: &SandboxId) -> Result<HostUsage, FleetError> {
-        if self.generation(id).is_none() {
-            return Err(FleetError::NoSandbox { id: id.clone() });
-        }
-        Ok(HostUsage {
-            cpu_time_us: 1_000,
-            private_bytes: 16 << 20,
-            resident_bytes: 64 << 20,
-        })
-    }
-
-    async fn measure_boot(&self, _: BuildOrder) -> Result<Duration, FleetError> {
-        Ok(Duration::from_secs(1))
-    }
-
-    async fn build(
-        &self,
-        order: BuildOrder,
-        progress: mpsc::UnboundedSender<BuildStep>,
-    ) -> Result<Built, FleetError> {
-        let step = |step: &str, message: String| BuildStep {
-            level: Level::Info,
-            step: Some(step.to_owned()),
-            message,
-        };
-        let _ = progress.send(step("rootfs", format!("recipe {}", order.recipe)));
-        tokio::task::yield_now().await;
-        if let Some(why) = self.lock().fail_builds.take() {
-            return Err(FleetError::Failed {
-                doing: format!("build {}", order.build),
-                why,
-            });
-        }
-        let _ = progress.send(step("snapshot", "published".to_owned()));
-        let snapshot = self.stray_snapshot(SnapshotKind::Template);
-        Ok(Built { snapshot })
-    }
-
-    async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError> {
-        self.reach(Step::Delete).await?;
-        Ok(self.lock().snapshots.remove(id).is_some())
-    }
-
-    fn events(&self) -> broadcast::Receiver<FleetEvent> {
-        self.events.subscribe()
-    }
-
-    async fn machines(&self) -> Result<Vec<Machine>, FleetError> {
-        let used = u32::try_from(self.lock().sandboxes.len()).unwrap_or(u32::MAX);
-        Ok(vec![Machine {
-            id: "memory".into(),
-            address: Ipv4Addr::LOCALHOST,
-            cpu_milli: 4000,
-            cpu_milli_used: u64::from(used) * 2000,
-            memory_mib: 8192,
-            memory_mib_used: u64::from(used) * 512,
-            slots: 100,
-            slots_used: used,
-            slots_ready: 4,
-            hypervisor: "memory".into(),
-            cpu_model: "none".into(),
-            kernel: "none".into(),
-            heartbeat: OffsetDateTime::now_utc(),
-        }])
     }
 }

@@ -172,7 +172,7 @@ async fn write(db: &Db, lines: &[(SandboxId, LogEntry)]) -> Result<()> {
         return Ok(());
     }
     let doing = "write the log of sandboxes";
-    let mut tx = db.write.begin().await.map_err(Error::database(doing))?;
+    let mut tx = db.begin(doing).await?;
     for (id, entry) in lines {
         let fields = serde_json::to_string(&entry.fields).unwrap_or_else(|_| "{}".to_owned());
         sqlx::query(

@@ -39,12 +39,7 @@ impl Store {
         idempotency: Option<&Idempotency>,
     ) -> Result<Option<FirstUse>> {
         let doing = "record a new sandbox";
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         if let Some(idempotency) = idempotency {
             let taken =
                 sqlx::query("SELECT sandbox_id, body_hash FROM idempotency_keys WHERE key = ?")
@@ -155,12 +150,7 @@ impl Store {
     /// never came to life gives its idempotency key back: a retry may succeed.
     pub(crate) async fn bury(&self, id: &SandboxId, reason: EndReason) -> Result<()> {
         let doing = "record the end of a sandbox";
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         if matches!(reason, EndReason::CreateFailed | EndReason::Abandoned) {
             sqlx::query("DELETE FROM idempotency_keys WHERE sandbox_id = ?")
                 .bind(id.as_str())

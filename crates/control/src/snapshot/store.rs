@@ -78,12 +78,7 @@ impl Store {
         let doing = "record that a snapshot was taken";
         let at = now();
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         sqlx::query(
             "UPDATE snapshots SET state = 'ready', updated_at = ?, tier = ?, bytes_scanned = ?,
                  bytes_dirty = ?, bytes_written = ?, frozen = ? WHERE id = ?",
@@ -145,12 +140,7 @@ impl Store {
     /// holds something together.
     pub(crate) async fn bury(&self, id: &SnapshotId) -> Result<()> {
         let doing = "record the end of a snapshot";
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         sqlx::query(
             "UPDATE snapshots SET state = 'deleted', name = NULL, expires_at = NULL, updated_at = ?
              WHERE id = ?",

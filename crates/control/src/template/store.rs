@@ -161,12 +161,7 @@ impl Store {
     ) -> Result<Result<(), Uuid>> {
         let doing = "record a template build";
         let at = to_micros(build.created_at);
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         let known: Option<String> =
             sqlx::query_scalar("SELECT template_id FROM template_aliases WHERE alias = ?")
                 .bind(alias)
@@ -261,12 +256,7 @@ impl Store {
     ) -> Result<Vec<SnapshotId>> {
         let doing = "record that a build succeeded";
         let at = to_micros(now());
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         let updated = sqlx::query(
             "UPDATE template_builds SET status = 'ready', snapshot_id = ?, updated_at = ?,
                  finished_at = ? WHERE id = ?",
@@ -316,12 +306,7 @@ impl Store {
         tag: &str,
     ) -> Result<Option<Vec<SnapshotId>>> {
         let doing = "delete a tag";
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         let deleted = sqlx::query(
             "DELETE FROM template_tags WHERE template_id = ?1 AND tag = ?2
                  AND EXISTS (SELECT 1 FROM template_tags WHERE template_id = ?1 AND tag <> ?2)",
@@ -354,12 +339,7 @@ impl Store {
     /// Deletes a template with all that belongs to it. Returns its snapshots.
     pub(crate) async fn delete(&self, template: &TemplateId) -> Result<Vec<SnapshotId>> {
         let doing = "delete a template";
-        let mut tx = self
-            .db
-            .write
-            .begin()
-            .await
-            .map_err(Error::database(doing))?;
+        let mut tx = self.db.begin(doing).await?;
         let snapshots: Vec<String> = sqlx::query_scalar(
             "SELECT snapshot_id FROM template_builds
              WHERE template_id = ? AND snapshot_id IS NOT NULL",
