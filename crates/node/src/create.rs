@@ -19,6 +19,7 @@ use crate::{
     node::Inner,
     restore::{Restore, claim_or_restore},
     sandbox::{Made, Sandbox, check_stop, own_new},
+    shares,
 };
 
 /// Makes a sandbox. The work is done by a task of its own: when the caller goes away, the sandbox
@@ -83,6 +84,7 @@ async fn make(
 ) -> Made {
     let _creating = node.spares.create_begins();
     let generation = held.key.generation;
+    shares::check(&order.mounts).await?;
     let order = Restore {
         serves: Some((sandbox.id(), generation)),
         snapshot: &snapshot,
@@ -135,6 +137,7 @@ pub(crate) fn identity(
             dns_servers: node.config.guest.dns_servers.clone(),
             generation: Some(generation),
             nonce: Some(random_hex()),
+            mounts: Some(order.mounts.clone()),
             ..InitRequest::default()
         },
         restored: nonce.map(|nonce| (snapshot.id().clone(), nonce)),

@@ -249,6 +249,9 @@ pub enum Error {
     /// An image could not be made.
     #[error(transparent)]
     Image(#[from] cubicle_image::Error),
+    /// A directory that a sandbox is to have mounted cannot be used.
+    #[error(transparent)]
+    Share(#[from] cubicle_share::Error),
     /// The sandbox's network failed.
     #[error(transparent)]
     Network(#[from] cubicle_net::Error),

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use cubicle_cow::{Manifest, SnapshotKind};
 use cubicle_ids::{SandboxId, SnapshotId, TemplateId};
+use cubicle_protocol::guest_api::Mount;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
@@ -31,6 +32,9 @@ pub struct CreateSandbox {
     pub last_generation: u64,
     /// What to boot if the snapshot holds disks only.
     pub kernel: Option<BootFiles>,
+    /// Directories of this machine that it has mounted, each with its root: these and no others,
+    /// whatever the snapshot had.
+    pub mounts: Vec<Mount>,
 }
 
 /// What a VM without a memory image is booted from.
@@ -56,6 +60,7 @@ impl CreateSandbox {
             limits: None,
             last_generation: 0,
             kernel: None,
+            mounts: Vec::new(),
         }
     }
 }

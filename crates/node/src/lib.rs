@@ -38,6 +38,7 @@ mod registry;
 mod restore;
 mod rollback;
 mod sandbox;
+mod shares;
 mod slots;
 mod snapshot;
 mod spares;

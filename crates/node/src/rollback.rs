@@ -16,6 +16,7 @@ use crate::{
     node::Inner,
     restore::{Restore, claim_or_restore},
     sandbox::{Running, Sandbox, check_stop, contained},
+    shares,
 };
 
 /// Restores `order.snapshot` and makes it what `running` is.
@@ -29,6 +30,7 @@ pub(crate) async fn rollback(
     node.failpoints.pass("rollback/begin").await?;
     let _creating = node.spares.create_begins();
     let snapshot = node.store.snapshot(&order.snapshot)?;
+    shares::check(&order.mounts).await?;
     let generation = running.next_generation;
     running.next_generation += 1;
     let mut held = Holdings::new(Key {

@@ -21,6 +21,7 @@ use cubicle_protocol::{
     ERROR_HEADER, ERROR_PORT_CLOSED,
     channel::{Detector, Event, Hello},
     guest_api::{InitRequest, InitResponse},
+    share::Reply,
 };
 use cubicle_vmm::{
     Boot, ChannelStream, GuestMemory, Hypervisor, MemoryFile, MemoryRange, Vm, VmRecord, VmSpec,
@@ -329,6 +330,8 @@ pub(crate) struct Guest {
     pub(crate) nonce: Mutex<Option<String>>,
     /// `/sync` gets no answer.
     pub(crate) silent_sync: AtomicBool,
+    /// What the host said of the shares' roots.
+    pub(crate) answered: Arc<Mutex<Vec<(String, Reply)>>>,
 }
 
 /// Lowers a counter that is not zero; whether it was not.
@@ -442,6 +445,9 @@ impl Guest {
                 *nonce = init.nonce.clone();
                 self.inits.lock().unwrap().push(init);
                 *response.body_mut() = full_body(serde_json::to_vec(&answer).unwrap());
+            }
+            (Method::POST, path) if path.starts_with("/shares/") => {
+                *response.body_mut() = crate::tests::shares::ask(request, &self.answered);
             }
             (Method::GET, "/forever") => {
                 let endless = futures::stream::unfold((), |()| async {

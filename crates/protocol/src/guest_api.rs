@@ -8,7 +8,7 @@
 //! | `GET /logs` | | 200, one [`LogEntry`] per line, oldest first |
 //! | `POST /shares/{tag}` | replies to the guest's requests | 200, requests; see [`share`](crate::share) |
 
-use std::{collections::BTreeMap, fmt, net::Ipv4Addr};
+use std::{collections::BTreeMap, fmt, net::Ipv4Addr, path::PathBuf};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use cubicle_ids::{SandboxId, TemplateId};
@@ -87,6 +87,10 @@ pub struct Mount {
     /// Whether the sandbox may not change it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub read_only: bool,
+    /// The directory on the host. For the host's own records: it is taken out of what the guest is
+    /// told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<PathBuf>,
 }
 
 /// Answer to [`InitRequest`].

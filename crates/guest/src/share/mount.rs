@@ -183,6 +183,7 @@ mod tests {
             tag: tag.to_owned(),
             path: path.to_owned(),
             read_only: false,
+            root: None,
         }
     }
 

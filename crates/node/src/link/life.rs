@@ -25,7 +25,10 @@ use tokio::time::timeout_at;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Identity, LifeTimings, Outgoing, full_body, outgoing};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    shares::{self, Shares},
+};
 
 /// First and longest wait for the guest's reply to one hello. A hello is lost only if it crosses
 /// the moment in which a guest's port is closed, so the first wait is seldom used up; under load
@@ -157,6 +160,15 @@ impl Life {
         self.over.cancel();
     }
 
+    /// Serves the guest's shares for as long as this life lasts, which this does not prolong.
+    pub(super) fn serve(&self, shares: &Shares) {
+        let work = shares.serve(&self.sender);
+        let over = self.over.clone();
+        tokio::spawn(async move {
+            over.run_until_cancelled(work).await;
+        });
+    }
+
     /// Resolves when this life is over.
     pub(super) async fn ended(&self) {
         self.over.cancelled().await;
@@ -167,6 +179,7 @@ impl Life {
         let init = InitRequest {
             timestamp: Some(Timestamp::now()),
             entropy: Some(Entropy::generate()),
+            mounts: identity.init.mounts.clone().map(shares::told),
             ..identity.init.clone()
         };
         let unreadable = |reason: String| Error::GuestAnswer {

@@ -29,7 +29,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    shares::Shares,
+};
 
 mod life;
 #[cfg(test)]
@@ -45,12 +48,12 @@ pub type Body = UnsyncBoxBody<Bytes, BoxError>;
 
 /// A body on its way into the channel. Unlike [`Body`]'s, its error is a type of its own, without
 /// which the compiler cannot tell that the futures of the connection may change threads.
-type Outgoing = UnsyncBoxBody<Bytes, OutgoingError>;
+pub(crate) type Outgoing = UnsyncBoxBody<Bytes, OutgoingError>;
 
 /// The body of a request failed.
 #[derive(Debug, thiserror::Error)]
 #[error("the body of a request broke off: {0}")]
-struct OutgoingError(BoxError);
+pub(crate) struct OutgoingError(BoxError);
 
 fn outgoing(body: Body) -> Outgoing {
     body.map_err(OutgoingError).boxed_unsync()
@@ -126,6 +129,8 @@ impl Link {
         patience: Duration,
     ) -> Result<(Self, InitResponse, LifeTimings)> {
         let (life, answer, timings) = Life::begin(vm.as_ref(), id, &identity, patience).await?;
+        let shares = Shares::open(id, &identity.init).await;
+        life.serve(&shares);
         // From here on the guest holds this instance's nonce, not that of the snapshot.
         identity.restored = None;
         let (states, lives) = watch::channel(State::Up(Arc::new(life)));
@@ -134,6 +139,7 @@ impl Link {
             vm,
             id: id.clone(),
             identity,
+            shares,
             states,
             closed: closed.clone(),
         };
@@ -335,6 +341,7 @@ struct Keeper {
     vm: Arc<dyn Vm>,
     id: SandboxId,
     identity: Identity,
+    shares: Shares,
     states: watch::Sender<State>,
     closed: CancellationToken,
 }
@@ -366,6 +373,7 @@ impl Keeper {
             match begun {
                 Ok((life, ..)) => {
                     pause = RECONNECT_PAUSE;
+                    life.serve(&self.shares);
                     self.states.send_replace(State::Up(Arc::new(life)));
                 }
                 Err(error) => {

@@ -17,6 +17,7 @@ use crate::{
 
 mod mixed;
 mod restart;
+pub(crate) mod shares;
 mod snapshots;
 mod spares;
 

@@ -76,6 +76,7 @@ impl Rig {
             tag: (*tag).to_owned(),
             path: self.guest(tag).to_str().unwrap().to_owned(),
             read_only: *access == Access::ReadOnly,
+            root: None,
         });
         let user = user();
         self.runtime
