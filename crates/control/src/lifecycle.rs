@@ -7,6 +7,10 @@
 //! - [`Event::Kill`] is legal in every state.
 //! - [`State::Killing`] is left for [`State::Dead`] only, whatever else arrives.
 //! - [`State::Dead`] is never left.
+//!
+//! A snapshot, a fork and a rollback change no state: before and after, and meanwhile for everyone
+//! outside, the sandbox runs. That one of them is under way is not here, but in the sandbox's entry
+//! in memory, where it keeps others from beginning.
 
 use std::{fmt, str::FromStr};
 
@@ -52,7 +56,8 @@ pub enum Event {
     Kill,
     /// The node has released everything of it.
     Killed,
-    /// The VM ended without being asked to.
+    /// The VM ended without being asked to. While a pause or a rollback is under way, which end
+    /// VMs themselves, that is found out at its end.
     Exited,
     /// After a restart: the node has a VM of this sandbox.
     Found,

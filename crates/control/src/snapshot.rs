@@ -30,7 +30,7 @@ pub use self::{
     tree::{TreeNode, TreeWhat},
 };
 pub(crate) use self::{
-    reconcile::reconcile,
+    reconcile::{MISSING, reconcile},
     store::{Filter, Store},
     trash::Trash,
 };
@@ -212,7 +212,7 @@ impl Snapshots {
                 return self.get(id.as_str()).await;
             }
             Err(FleetError::Damaged { reason, .. }) => reason,
-            Err(FleetError::NoSnapshot { .. }) => reconcile::MISSING.to_owned(),
+            Err(FleetError::NoSnapshot { .. }) => MISSING.to_owned(),
             Err(error) => return Err(error.into()),
         };
         tracing::error!(snapshot = %id, why, "a snapshot is damaged");

@@ -408,7 +408,10 @@ async fn a_resume_that_fails_fails_for_all_who_wait_and_loses_nothing() {
     sandboxes.pause(id, FULL).await.expect("pause");
     plane.fleet.lose_snapshot(&plane.pauses()[0]);
     let lost = sandboxes.connect(id, MINUTE).await;
-    assert!(matches!(lost, Err(Error::SnapshotLost { .. })), "{lost:?}");
+    assert!(
+        matches!(lost, Err(Error::Fleet(FleetError::NoSnapshot { .. }))),
+        "{lost:?}"
+    );
     assert_eq!(sandboxes.get(id).expect("still there").state, State::Paused);
     sandboxes.kill(id).await.expect("kill");
     plane.silence().await;

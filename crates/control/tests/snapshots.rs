@@ -412,6 +412,10 @@ async fn damage_is_found_and_never_used() {
     let back = sandboxes.rollback(&sandbox.id, taken[3].as_str()).await;
     assert!(back.is_err());
     is_unusable(sandboxes.rollback(&sandbox.id, taken[3].as_str()).await);
+    let lost = plane.snapshot(&sandbox.id, None).await.id;
+    plane.fleet.lose_snapshot(&lost);
+    is_unusable(sandboxes.create(request(lost.as_str())).await);
+    snapshots.delete(lost.as_str()).await.expect("delete");
     let now = sandboxes.get(&sandbox.id).expect("it runs on");
     assert_eq!((now.state, now.generation), (State::Running, 1));
     let failed = SnapshotQuery {

@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Result},
     fleet::{FleetError, Level, NetworkOptions, Phase},
     lifecycle::{Event, State},
-    secret,
+    secret, snapshot,
     template::Resolved,
 };
 
@@ -114,11 +114,12 @@ impl Inner {
                 self.templates.count_spawn(&resolved.template);
                 Ok(creation)
             }
-            Err(Error::Fleet(FleetError::NoSnapshot { id })) => {
+            Err(ref error @ Error::Fleet(FleetError::NoSnapshot { ref id })) => {
+                self.note_damage(error).await;
                 // It may have been deleted a moment ago; then that is the answer.
                 self.templates.resolve(&request.template).await?;
                 Err(Error::SnapshotLost {
-                    id,
+                    id: id.clone(),
                     reference: request.template,
                 })
             }
@@ -129,13 +130,15 @@ impl Inner {
         }
     }
 
-    /// Marks the snapshot that turned out to be damaged.
+    /// Marks the snapshot that turned out to be damaged or lost.
     pub(super) async fn note_damage(&self, error: &Error) {
         use crate::snapshot::SnapshotState as S;
-        let Error::Fleet(FleetError::Damaged { id, reason }) = error else {
-            return;
+        let (id, reason) = match error {
+            Error::Fleet(FleetError::Damaged { id, reason }) => (id, reason.as_str()),
+            Error::Fleet(FleetError::NoSnapshot { id }) => (id, snapshot::MISSING),
+            _ => return,
         };
-        tracing::error!(snapshot = %id, reason, "a snapshot is damaged");
+        tracing::error!(snapshot = %id, reason, "a snapshot cannot be used");
         let marked = self
             .snapshots
             .change(id, &[S::Ready], S::Failed, Some(reason));

@@ -21,6 +21,10 @@ use crate::{
     lifecycle::{Event, State},
 };
 
+/// How often a sandbox may be found between two states with nobody moving it. Each time one
+/// operation has ended and no other begun just then, so a few times is far too often already.
+const LOOK_AGAIN: u32 = 100;
+
 /// How to resume a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResumeSandbox {
@@ -115,6 +119,7 @@ impl Inner {
         may: impl Fn(&Sandbox) -> bool,
     ) -> Result<Awake> {
         let mut resumed = false;
+        let mut looked_again = 0;
         loop {
             let sandbox = entry.sandbox();
             match sandbox.state {
@@ -159,7 +164,15 @@ impl Inner {
                 }
             }
             let Some(ongoing) = entry.slot.current() else {
-                // It has just ended; the state says how.
+                // It has just ended, and the state says how; unless whoever did it has died of it.
+                looked_again += 1;
+                if looked_again == LOOK_AGAIN {
+                    return Err(Error::Conflict {
+                        id: sandbox.id.clone(),
+                        state: sandbox.state,
+                        why: "it does not come to rest; kill it",
+                    });
+                }
                 tokio::task::yield_now().await;
                 continue;
             };
@@ -219,10 +232,9 @@ impl Inner {
                 "it is paused, but no snapshot is on record",
             ));
         };
+        let end_at = request.lifetime.end(now());
         entry
-            .apply(Event::Resume, |sandbox| {
-                sandbox.end_at = request.lifetime.end(now());
-            })
+            .apply(Event::Resume, |sandbox| sandbox.end_at = end_at)
             .ok_or_else(not_found)?;
         let order = super::order(&before, pause.snapshot.clone());
         // On record before it begins: the VM that a crash leaves behind is then wanted.
@@ -237,18 +249,15 @@ impl Inner {
             Ok(created) => created,
             Err(error) => {
                 self.stayed_asleep(entry, &before, &error).await;
-                return Err(match error {
-                    Error::Fleet(FleetError::NoSnapshot { id }) => Error::SnapshotLost {
-                        id,
-                        reference: before.id.to_string(),
-                    },
-                    error => error,
-                });
+                return Err(error);
             }
         };
         let moved = entry.apply(Event::Resumed, |sandbox| {
             sandbox.generation = created.generation;
-            sandbox.end_at = request.lifetime.end(now());
+            if sandbox.end_at == end_at {
+                // Nobody has set another one meanwhile.
+                sandbox.end_at = request.lifetime.end(now());
+            }
             sandbox.pause = None;
             if let Some(auto_pause) = request.auto_pause {
                 sandbox.lifecycle.auto_pause = auto_pause;

@@ -125,6 +125,7 @@ impl Inner {
                 self.log.line(&before.id, Level::Error, message, []);
                 self.note_damage(&error).await;
                 Err(match error {
+                    // It was deleted a moment ago, or is lost.
                     Error::Fleet(FleetError::NoSnapshot { id }) => Error::SnapshotNotFound {
                         reference: id.to_string(),
                     },

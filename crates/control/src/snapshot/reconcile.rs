@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Why a snapshot failed whose files are not there. It is forgiven when they are.
-pub(super) const MISSING: &str = "its files are missing";
+pub(crate) const MISSING: &str = "its files are missing";
 
 /// What was done about snapshots at a restart.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
