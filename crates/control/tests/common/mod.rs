@@ -6,6 +6,9 @@
 )]
 #![allow(clippy::expect_used, reason = "a helper of tests may panic")]
 
+pub mod past;
+pub mod sleep;
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cubicle_control::{
