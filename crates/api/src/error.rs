@@ -149,8 +149,10 @@ impl From<Control> for ApiError {
             Control::SandboxNotFound { .. }
             | Control::TemplateNotFound { .. }
             | Control::SnapshotNotFound { .. }
+            | Control::VolumeNotFound { .. }
             | Control::BuildNotFound { .. } => StatusCode::NOT_FOUND,
             Control::Invalid { .. } | Control::TemplateNotReady { .. } => StatusCode::BAD_REQUEST,
+            Control::HostMountRefused { .. } => StatusCode::FORBIDDEN,
             Control::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
             Control::BuildInProgress { .. }
             | Control::Conflict { .. }
@@ -158,6 +160,7 @@ impl From<Control> for ApiError {
             | Control::SnapshotInUse { .. }
             | Control::NotInHistory { .. }
             | Control::NameTaken { .. }
+            | Control::VolumeInUse { .. }
             | Control::Fleet(FleetError::Damaged { .. }) => StatusCode::CONFLICT,
             Control::Busy { .. } | Control::Fleet(FleetError::Busy { .. }) => {
                 return Self::new(StatusCode::CONFLICT, error.to_string()).retry_after(1);
@@ -197,6 +200,7 @@ impl From<Control> for ApiError {
             | Control::SnapshotLost { .. }
             | Control::Database { .. }
             | Control::Migrate { .. }
+            | Control::Volume { .. }
             | Control::Damaged { .. } => return Self::internal(&error),
         };
         Self::new(status, error.to_string())

@@ -27,6 +27,7 @@ mod snapshots;
 mod system;
 mod templates;
 mod timing;
+mod volumes;
 
 use std::{sync::Arc, time::Duration};
 

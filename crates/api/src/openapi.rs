@@ -10,7 +10,7 @@ use utoipa::{
 };
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::{AppState, measure, own, sandboxes, snapshots, system, templates};
+use crate::{AppState, measure, own, sandboxes, snapshots, system, templates, volumes};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -22,6 +22,7 @@ use crate::{AppState, measure, own, sandboxes, snapshots, system, templates};
     tags(
         (name = "sandboxes", description = "Sandboxes: create, find, keep, kill"),
         (name = "snapshots", description = "The past of sandboxes"),
+        (name = "volumes", description = "Directories that outlive sandboxes"),
         (name = "templates", description = "What sandboxes are made from"),
         (name = "cluster", description = "Machines; under /cubeapi/v1 only"),
         (name = "cubicle", description = "Our own"),
@@ -72,7 +73,8 @@ pub(crate) fn parts() -> (Parts, utoipa::openapi::OpenApi) {
         shared: split(
             sandboxes::router()
                 .merge(snapshots::router())
-                .merge(templates::router()),
+                .merge(templates::router())
+                .merge(volumes::router()),
             "",
         ),
         open: split(system::open_router(), ""),

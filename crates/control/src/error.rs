@@ -154,6 +154,38 @@ pub enum Error {
         /// What the client asked for.
         reference: String,
     },
+    /// No volume has this id or name.
+    #[error("Volume '{reference}' was not found: no volume id or name reads like that")]
+    VolumeNotFound {
+        /// The reference as it was given.
+        reference: String,
+    },
+    /// A sandbox has the volume mounted.
+    #[error("Volume '{name}' is mounted in sandbox {sandbox}; kill that first")]
+    VolumeInUse {
+        /// The volume.
+        name: String,
+        /// One of the sandboxes.
+        sandbox: SandboxId,
+    },
+    /// The server does not share this directory of its host.
+    #[error("{} cannot be mounted: {why}", path.display())]
+    HostMountRefused {
+        /// The directory.
+        path: std::path::PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// The directory of a volume could not be made or removed.
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Volume {
+        /// `make` or `remove`.
+        doing: &'static str,
+        /// The directory.
+        path: std::path::PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
     /// The node failed or refused.
     #[error(transparent)]
     Fleet(#[from] FleetError),

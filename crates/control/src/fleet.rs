@@ -17,6 +17,8 @@ use time::OffsetDateTime;
 use tokio::sync::{broadcast, mpsc};
 use uuid::Uuid;
 
+use crate::volume::Mount;
+
 pub use self::snapshot::{FreezeKind, FreezeOrder, SnapshotFact, SnapshotKind, SnapshotTaken};
 
 /// The machines that run VMs.
@@ -167,6 +169,8 @@ pub struct CreateOrder {
     pub envd_token: String,
     /// What it may reach.
     pub network: NetworkOptions,
+    /// What it has mounted: this and nothing else, whatever the snapshot had.
+    pub mounts: Vec<Mount>,
 }
 
 /// A sandbox that answers.

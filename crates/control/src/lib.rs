@@ -1,9 +1,10 @@
 //! The control plane: what sandboxes and templates there are to be.
 //!
 //! `control` holds intent and the API's truth: keys, templates, sandboxes with their timeouts,
-//! metadata and tokens, and their snapshots. The fleet below it holds fact. Four services make up
-//! its face, gathered in [`Control`]: [`Keys`](keys::Keys), [`Templates`](template::Templates),
-//! [`Sandboxes`](sandbox::Sandboxes) and [`Snapshots`](snapshot::Snapshots). None of them knows HTTP.
+//! metadata and tokens, and their snapshots and volumes. The fleet below it holds fact. Five services
+//! make up its face, gathered in [`Control`]: [`Keys`](keys::Keys),
+//! [`Templates`](template::Templates), [`Sandboxes`](sandbox::Sandboxes),
+//! [`Snapshots`](snapshot::Snapshots) and [`Volumes`]. None of them knows HTTP.
 //!
 //! Invariants:
 //! - A sandbox changes state in [`lifecycle::next`] and nowhere else; kill is legal in every state.
@@ -25,6 +26,7 @@ pub mod sandbox;
 mod secret;
 pub mod snapshot;
 pub mod template;
+pub mod volume;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -39,6 +41,7 @@ use self::{
     sandbox::{Reconciled, SandboxConfig, Sandboxes},
     snapshot::{SnapshotConfig, Snapshots},
     template::Templates,
+    volume::{VolumeConfig, Volumes},
 };
 
 /// Where the control plane keeps its state and how it behaves.
@@ -50,14 +53,18 @@ pub struct ControlConfig {
     pub sandboxes: SandboxConfig,
     /// How many snapshots are kept, and for how long.
     pub snapshots: SnapshotConfig,
+    /// Where volumes are, and what else may be mounted.
+    pub volumes: VolumeConfig,
 }
 
 impl ControlConfig {
     /// Defaults, with the database in this file.
     #[must_use]
     pub fn new(database: impl Into<PathBuf>) -> Self {
+        let database = database.into();
         Self {
-            database: database.into(),
+            volumes: VolumeConfig::beside(&database),
+            database,
             sandboxes: SandboxConfig::default(),
             snapshots: SnapshotConfig::default(),
         }
@@ -75,6 +82,8 @@ pub struct Control {
     pub sandboxes: Sandboxes,
     /// The past of sandboxes.
     pub snapshots: Snapshots,
+    /// What outlives sandboxes.
+    pub volumes: Volumes,
     /// What they all count.
     pub metrics: Arc<Metrics>,
     /// The machines below.
@@ -91,12 +100,14 @@ impl Control {
         let templates = Templates::open(db.clone(), fleet.clone()).await?;
         let snapshot_store = snapshot::Store::new(db.clone());
         let metrics = Arc::<Metrics>::default();
+        let volumes = Volumes::open(config.volumes, db.clone()).await?;
         let (sandboxes, reconciled) = Sandboxes::open(
             config.sandboxes,
             db.clone(),
             fleet.clone(),
             templates.clone(),
             snapshot_store.clone(),
+            volumes.clone(),
             Arc::clone(&metrics),
         )
         .await?;
@@ -112,6 +123,7 @@ impl Control {
                 keys,
                 templates,
                 snapshots,
+                volumes,
                 metrics,
                 sandboxes,
                 fleet,

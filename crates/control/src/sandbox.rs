@@ -56,6 +56,7 @@ use crate::{
     metrics::Metrics,
     snapshot::{self, Trash},
     template::Templates,
+    volume::Volumes,
 };
 
 /// How the sandbox service behaves.
@@ -104,6 +105,7 @@ pub(crate) struct Inner {
     templates: Templates,
     store: Store,
     snapshots: snapshot::Store,
+    volumes: Volumes,
     pub(crate) trash: Trash,
     pub(crate) log: Log,
     registry: Registry,
@@ -123,6 +125,7 @@ impl Sandboxes {
         fleet: SharedFleet,
         templates: Templates,
         snapshots: snapshot::Store,
+        volumes: Volumes,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Reconciled)> {
         let tasks = TaskTracker::new();
@@ -138,6 +141,7 @@ impl Sandboxes {
                 templates,
                 store: Store::new(db),
                 snapshots,
+                volumes,
                 log,
                 registry: Registry::default(),
                 deadlines: Deadlines::default(),
@@ -371,6 +375,7 @@ fn order(sandbox: &Sandbox, snapshot: SnapshotId) -> CreateOrder {
         env_vars: sandbox.env_vars.clone(),
         envd_token: sandbox.envd_token.clone(),
         network: sandbox.network.clone(),
+        mounts: sandbox.mounts.clone(),
     }
 }
 
@@ -386,6 +391,7 @@ fn test_sandbox() -> Sandbox {
         alias: None,
         state: State::Running,
         metadata: BTreeMap::new(),
+        mounts: Vec::new(),
         network: crate::fleet::NetworkOptions::default(),
         envd_token: "token".into(),
         traffic_token: None,

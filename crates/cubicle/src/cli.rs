@@ -128,6 +128,14 @@ pub(crate) struct Up {
     /// or `full`
     #[arg(long, value_name = "TIER", default_value = "auto")]
     pub(crate) memory_tier: cubicle_cow::memory::TierChoice,
+    /// Directory of this host that sandboxes may mount, with all below it; may be repeated
+    #[arg(
+        long,
+        env = "CUBICLE_HOST_MOUNT_ALLOW",
+        value_name = "DIR",
+        value_delimiter = ':'
+    )]
+    pub(crate) host_mount_allow: Vec<PathBuf>,
     /// Largest size of the store, when Cubicle has to make a file system of its own for it
     #[arg(long, value_name = "GIB", default_value_t = 64)]
     pub(crate) store_gib: u64,

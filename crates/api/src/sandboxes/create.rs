@@ -19,6 +19,7 @@ use crate::{
     error::{ApiError, ApiResult, ErrorBody},
     extract::RawJsonBody,
     timing,
+    volumes::{self, VolumeMountBody},
 };
 
 /// Lifetimes where the request says nothing, in seconds.
@@ -32,8 +33,6 @@ const MAX_ENV: usize = 1024;
 const MAX_ENV_NAME: usize = 256;
 /// What the kernel allows one `NAME=value` to have, less the name and the zero byte.
 const MAX_ENV_VALUE: usize = (128 << 10) - MAX_ENV_NAME - 2;
-/// Keys of metadata by which Cube's clients ask for a directory of the host.
-const HOST_MOUNTS: [&str; 2] = ["host-mount", "hostdir-mount"];
 
 /// A sandbox to create. Unknown fields are ignored; known ones do what they say or are refused.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -79,8 +78,9 @@ pub(crate) struct CreateBody {
     mcp: Option<serde_json::Map<String, Value>>,
     /// Not supported yet: must be empty.
     iam: Option<Iam>,
-    /// Not supported yet: must be empty.
-    volume_mounts: Option<Vec<Value>>,
+    /// Volumes to mount. Without any, a sandbox that is made from a snapshot has those that the
+    /// snapshot had.
+    volume_mounts: Option<Vec<VolumeMountBody>>,
     /// Not supported yet: must be empty.
     distribution_scope: Option<Vec<Value>>,
 }
@@ -110,7 +110,8 @@ impl CreateBody {
         self.refuse_what_is_missing()?;
         let lifecycle = self.lifecycle()?;
         let template = reference("templateID", self.template_id)?;
-        let metadata = self.metadata.unwrap_or_default();
+        let mut metadata = self.metadata.unwrap_or_default();
+        let mounts = volumes::requested(self.volume_mounts, &mut metadata)?;
         check_metadata(&metadata)?;
         let env_vars = self.env_vars.unwrap_or_default();
         check_env(&env_vars)?;
@@ -123,6 +124,7 @@ impl CreateBody {
             lifetime: Lifetime::from_seconds("timeout", self.timeout.unwrap_or(default_timeout))?,
             metadata,
             env_vars: env_vars.into_iter().collect(),
+            mounts,
             network,
             lifecycle,
             idempotency: None,
@@ -164,7 +166,6 @@ impl CreateBody {
         let tokens = self.iam.as_ref().and_then(|iam| iam.tokens.as_ref());
         let refused = [
             (tokens.is_some_and(|tokens| !tokens.is_empty()), "iam"),
-            (given(&self.volume_mounts), "volumeMounts"),
             (given(&self.distribution_scope), "distributionScope"),
         ];
         match refused.into_iter().find(|(asked, _)| *asked) {
@@ -196,11 +197,6 @@ fn check_metadata(metadata: &BTreeMap<String, String>) -> ApiResult<()> {
                 "metadata",
                 format!("the value of '{key}' has more than {MAX_METADATA_VALUE} bytes"),
             ));
-        }
-        if HOST_MOUNTS.contains(&key.as_str()) {
-            return Err(ApiError::unsupported(&format!(
-                "metadata '{key}' (a directory of the host)"
-            )));
         }
     }
     Ok(())

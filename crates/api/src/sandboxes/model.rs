@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::{
     AppState,
     error::{ApiError, ApiResult, ErrorBody},
+    volumes::{self, VolumeMountBody},
 };
 
 /// Longest id or name that anything is looked up by.
@@ -100,6 +101,9 @@ pub(crate) struct ListedSandbox {
     envd_version: String,
     /// What its creator attached to it.
     metadata: BTreeMap<String, String>,
+    /// The volumes that it has mounted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    volume_mounts: Vec<VolumeMountBody>,
 }
 
 impl ListedSandbox {
@@ -117,6 +121,7 @@ impl ListedSandbox {
             state: sandbox.state.visible().unwrap_or(Visible::Running).as_str(),
             envd_version: sandbox.envd_version.clone(),
             metadata: sandbox.metadata.clone(),
+            volume_mounts: volumes::mounted(sandbox),
         }
     }
 }

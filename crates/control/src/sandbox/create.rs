@@ -16,6 +16,7 @@ use crate::{
     lifecycle::{Event, State},
     secret, snapshot,
     template::Resolved,
+    volume::{Mount, MountRequest},
 };
 
 /// Random bytes of an access token.
@@ -32,6 +33,8 @@ pub struct CreateSandbox {
     pub metadata: BTreeMap<String, String>,
     /// Environment of every process that is started in it.
     pub env_vars: Vec<(String, String)>,
+    /// What is to be mounted. Nothing: what the snapshot had, if it is made from one.
+    pub mounts: Vec<MountRequest>,
     /// What it may reach and who may reach it.
     pub network: NetworkOptions,
     /// What happens when its time is up, and what traffic does while it is paused.
@@ -98,8 +101,9 @@ impl Inner {
         let mut clock = Clock::start();
         request.lifecycle.check()?;
         let resolved = self.templates.resolve(&request.template).await?;
+        let mounts = self.mounts(&request.mounts, &resolved).await?;
         clock.lap("resolve");
-        let sandbox = new_sandbox(&request, &resolved);
+        let sandbox = new_sandbox(&request, &resolved, mounts);
         if let Some(first) = self
             .store
             .insert(&sandbox, request.idempotency.as_ref())
@@ -128,6 +132,15 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// What a new sandbox has mounted.
+    async fn mounts(&self, asked: &[MountRequest], from: &Resolved) -> Result<Vec<Mount>> {
+        let asked = match asked {
+            [] => self.volumes.of_snapshot(&from.snapshot).await?,
+            asked => asked.to_vec(),
+        };
+        self.volumes.resolve(asked).await
     }
 
     /// Marks the snapshot that turned out to be damaged or lost.
@@ -262,7 +275,7 @@ impl Inner {
     }
 }
 
-fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
+fn new_sandbox(request: &CreateSandbox, resolved: &Resolved, mounts: Vec<Mount>) -> Sandbox {
     Sandbox {
         id: SandboxId::generate(),
         template: resolved.template.clone(),
@@ -271,6 +284,7 @@ fn new_sandbox(request: &CreateSandbox, resolved: &Resolved) -> Sandbox {
         alias: resolved.alias.clone(),
         state: State::Creating,
         metadata: request.metadata.clone(),
+        mounts,
         network: request.network.clone(),
         envd_token: token(),
         traffic_token: traffic_token(&request.network),

@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Result},
     fleet::{Level, NetworkOptions},
     lifecycle::State,
+    volume::Mount,
 };
 
 /// Longest life that can be asked for in one go, short of "never": a year.
@@ -32,6 +33,8 @@ pub struct Sandbox {
     pub state: State,
     /// What its creator attached to it.
     pub metadata: BTreeMap<String, String>,
+    /// What it has mounted.
+    pub mounts: Vec<Mount>,
     /// What it may reach and who may reach it.
     pub network: NetworkOptions,
     /// What clients of its guest daemon must present.

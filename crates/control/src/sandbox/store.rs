@@ -59,8 +59,8 @@ impl Store {
             "INSERT INTO sandboxes (id, template_id, build_id, snapshot_id, alias, state, metadata,
                  network, envd_token, traffic_token, envd_version, cpu_count, memory_mib, disk_mib,
                  generation, started_at, end_at, lifetime, env_vars, base_id, auto_pause,
-                 auto_pause_memory, auto_resume)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                 auto_pause_memory, auto_resume, mounts)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(sandbox.id.as_str())
         .bind(sandbox.template.as_str())
@@ -85,6 +85,7 @@ impl Store {
         .bind(sandbox.lifecycle.auto_pause)
         .bind(sandbox.lifecycle.auto_pause_memory)
         .bind(sandbox.lifecycle.auto_resume)
+        .bind(json(&sandbox.mounts))
         .execute(&mut *tx)
         .await
         .map_err(Error::database(doing))?;
@@ -214,6 +215,7 @@ fn from_row(row: &SqliteRow) -> Result<Sandbox> {
         alias: row.get("alias"),
         state: parse::<State>(what(), &text("state"))?,
         metadata: serde_json::from_str(&text("metadata")).map_err(|e| Error::damaged(what(), e))?,
+        mounts: serde_json::from_str(&text("mounts")).map_err(|e| Error::damaged(what(), e))?,
         network: serde_json::from_str(&text("network")).map_err(|e| Error::damaged(what(), e))?,
         envd_token: text("envd_token"),
         traffic_token: row.get("traffic_token"),

@@ -292,13 +292,16 @@ impl Store {
         sandbox: &SandboxId,
         snapshot: &SnapshotId,
     ) -> Result<bool> {
+        // Most often it is the sandbox's own, which takes no look at its whole past.
         sqlx::query_scalar(
             "WITH RECURSIVE past (id) AS (
                  SELECT base_id FROM sandboxes WHERE id = ?1
-                 UNION SELECT id FROM snapshots WHERE sandbox_id = ?1
+                 UNION SELECT parent_id FROM snapshots
+                     WHERE sandbox_id = ?1 AND parent_id IS NOT NULL
                  UNION SELECT s.parent_id FROM past JOIN snapshots s ON s.id = past.id
                      WHERE s.parent_id IS NOT NULL)
-             SELECT EXISTS (SELECT 1 FROM past WHERE id = ?2)",
+             SELECT EXISTS (SELECT 1 FROM snapshots WHERE id = ?2 AND sandbox_id = ?1)
+                 OR EXISTS (SELECT 1 FROM past WHERE id = ?2)",
         )
         .bind(sandbox.as_str())
         .bind(snapshot.as_str())

@@ -207,6 +207,7 @@ pub fn request(template: &str) -> CreateSandbox {
         lifetime: Lifetime::For(Duration::from_secs(60)),
         metadata: BTreeMap::new(),
         env_vars: Vec::new(),
+        mounts: Vec::new(),
         network: NetworkOptions::default(),
         lifecycle: LifecycleOptions::default(),
         idempotency: None,

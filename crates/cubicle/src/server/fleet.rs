@@ -11,6 +11,7 @@ use cubicle_control::fleet::{
     FreezeKind, FreezeOrder, HostUsage, Level, Machine, NetworkOptions, Phase, SnapshotFact,
     SnapshotKind, SnapshotTaken, Usage,
 };
+use cubicle_control::volume::{Directories, Mount, VolumeConfig};
 use cubicle_cow::memory::Tier;
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe};
@@ -19,6 +20,7 @@ use cubicle_node::{
     BootFiles, CreateSandbox, ImageSource, KillOutcome, Node, NodeEvent, SandboxState,
     TakeSnapshot, Taken, TemplateBuild, WarmUp,
 };
+use cubicle_protocol::guest_api::Mount as NodeMount;
 use time::OffsetDateTime;
 use tokio::sync::{broadcast, mpsc};
 
@@ -40,6 +42,7 @@ pub(crate) struct NodeFleet {
     node: Node,
     images: Images,
     machine: Facts,
+    directories: Directories,
     events: broadcast::Sender<FleetEvent>,
 }
 
@@ -59,7 +62,12 @@ pub(crate) struct Facts {
 const BACKLOG: usize = 1024;
 
 impl NodeFleet {
-    pub(crate) fn new(node: Node, images: Images, machine: Facts) -> Arc<Self> {
+    pub(crate) fn new(
+        node: Node,
+        images: Images,
+        machine: Facts,
+        volumes: VolumeConfig,
+    ) -> Arc<Self> {
         let events = broadcast::Sender::new(BACKLOG);
         let forward = events.clone();
         let mut from = node.events();
@@ -81,6 +89,7 @@ impl NodeFleet {
             node,
             images,
             machine,
+            directories: Directories::new(volumes),
             events,
         })
     }
@@ -92,6 +101,10 @@ impl NodeFleet {
             // What is wrong with a snapshot, the node says.
             _ => None,
         };
+        let mut mounts = Vec::with_capacity(order.mounts.len());
+        for mount in &order.mounts {
+            mounts.push(self.mount(mount).await?);
+        }
         Ok(CreateSandbox {
             id: order.id,
             snapshot: order.snapshot,
@@ -102,6 +115,22 @@ impl NodeFleet {
             limits: None,
             last_generation: 0,
             kernel,
+            mounts,
+        })
+    }
+
+    /// What is mounted, with its place on this machine.
+    async fn mount(&self, mount: &Mount) -> Result<NodeMount, FleetError> {
+        let root = self.directories.root(mount).await;
+        let root = root.map_err(|error| FleetError::Failed {
+            doing: format!("mount anything on {}", mount.path),
+            why: Chain(&error).to_string(),
+        })?;
+        Ok(NodeMount {
+            tag: mount.tag(),
+            path: mount.path.clone(),
+            read_only: mount.read_only,
+            root: Some(root),
         })
     }
 

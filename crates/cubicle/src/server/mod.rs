@@ -534,11 +534,15 @@ async fn open_services(
             .to_string_lossy()
             .into_owned(),
     };
-    let fleet = NodeFleet::new(node.clone(), images.clone(), facts);
-    let (control, reconciled) =
-        Control::open(ControlConfig::new(dirs.data.join("cubicle.db")), fleet)
-            .await
-            .map_err(|error| Error::setup("open the control plane", error))?;
+    let mut config = ControlConfig::new(dirs.data.join("cubicle.db"));
+    config
+        .volumes
+        .host_allow
+        .clone_from(&options.host_mount_allow);
+    let fleet = NodeFleet::new(node.clone(), images.clone(), facts, config.volumes.clone());
+    let (control, reconciled) = Control::open(config, fleet)
+        .await
+        .map_err(|error| Error::setup("open the control plane", error))?;
     tracing::info!(?reconciled, "intent and fact agree");
     Ok((node, control))
 }
