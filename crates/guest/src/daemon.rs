@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     access::State,
-    channel::{self, Doors, Port},
+    channel::{self, Doors, Introduce, Port},
     http::Api,
     journal::{Journal, Level},
     process::Processes,
@@ -38,6 +38,8 @@ pub struct Services {
     pub public: Router,
     /// For the host, on the channel.
     pub host: Router,
+    /// Becomes who the host says.
+    pub introduce: Introduce,
     journal: Arc<Journal>,
 }
 
@@ -54,6 +56,7 @@ impl Services {
         Self {
             public: api.public_router(),
             host,
+            introduce: api.introduce(),
             journal,
         }
     }
@@ -84,6 +87,7 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
             Some(port) => {
                 let port = Port::new(port).map_err(Error::Channel)?;
                 let doors = Doors {
+                    introduce: services.introduce,
                     host: services.host,
                     public: services.public,
                 };

@@ -11,6 +11,7 @@ use axum::{
 };
 use connectrpc::{ConnectRpcService, Limits};
 use cubicle_protocol::{guest_api, share::SHARES_PATH};
+use futures::FutureExt as _;
 use http::StatusCode;
 use serde::Serialize;
 use tower::ServiceExt as _;
@@ -18,6 +19,7 @@ use tower_http::cors::{Any, CorsLayer};
 
 use crate::{
     access::{self, State},
+    channel::Introduce,
     files,
     filesystem::Filesystem,
     proto::filesystem::FilesystemExt as _,
@@ -72,13 +74,21 @@ impl Api {
     /// get here.
     pub fn host_router(&self) -> Router {
         Router::new()
-            .route(guest_api::INIT_PATH, post(system::init))
             .route(&format!("{SHARES_PATH}/{{tag}}"), post(share::serve))
             .route(guest_api::SYNC_PATH, post(system::sync))
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MAX_MESSAGE_SIZE))
             .with_state(self.clone())
             .merge(self.routes())
+    }
+
+    /// What the host says first, and its answer.
+    pub fn introduce(&self) -> Introduce {
+        let state = Arc::clone(&self.state);
+        Arc::new(move |request| {
+            let state = Arc::clone(&state);
+            async move { system::introduce(&state, &request).await }.boxed()
+        })
     }
 
     fn routes(&self) -> Router {

@@ -135,13 +135,11 @@ pub enum Error {
         source: cubicle_protocol::channel::Error,
     },
     /// The guest refused to become the sandbox that it was told to be.
-    #[error("the guest of the sandbox {id} refused its identity with status {status}: {message}")]
+    #[error("the guest of the sandbox {id} refused its identity: {message}")]
     Init {
         /// Which sandbox.
         id: SandboxId,
-        /// What it answered.
-        status: http::StatusCode,
-        /// The answer's body, shortened.
+        /// Why, shortened.
         message: String,
     },
     /// Something else was restored than was asked for.

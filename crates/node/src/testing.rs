@@ -19,8 +19,8 @@ use cubicle_cow::{
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_protocol::{
     ERROR_HEADER, ERROR_PORT_CLOSED,
-    channel::{Detector, Event, Hello},
-    guest_api::{InitRequest, InitResponse},
+    channel::{Detector, Event, Hello, introduction},
+    guest_api::{InitRequest, InitResponse, Introduced},
     share::Reply,
 };
 use cubicle_vmm::{
@@ -316,7 +316,7 @@ pub(crate) struct Behaviour {
     pub(crate) hang_up: AtomicU32,
     /// What arrives is swallowed: a daemon that knows nothing of this life.
     pub(crate) oblivious: AtomicBool,
-    /// `/init` is refused.
+    /// The guest does not want to be who it is told to be.
     pub(crate) refuse_init: AtomicBool,
     /// So many of the next are.
     pub(crate) refuse_inits: AtomicU32,
@@ -395,11 +395,41 @@ impl Guest {
             }
         };
         let pump_out = tokio::io::copy(&mut from_daemon, &mut to_host);
+        let serve = async {
+            let mut daemon = daemon;
+            let Ok(request) = introduction::hear(&mut daemon).await else {
+                return;
+            };
+            let answer = serde_json::to_vec(&self.introduce(&request)).unwrap();
+            if introduction::say(&mut daemon, &answer).await.is_ok() {
+                self.clone().requests(daemon).await;
+            }
+        };
+        tokio::select! { _ = pump_in => {}, _ = pump_out => {}, () = serve => {} }
+    }
+
+    fn introduce(&self, request: &[u8]) -> Introduced {
+        let init: InitRequest = serde_json::from_slice(request).unwrap();
+        if self.behaviour.refuse_init.load(SeqCst) || take_one(&self.behaviour.refuse_inits) {
+            return Introduced::Refused("the random number generator is gone".to_owned());
+        }
+        let mut nonce = self.nonce.lock().unwrap();
+        let answer = InitResponse {
+            previous_nonce: nonce.clone(),
+            envd_version: "0".to_owned(),
+        };
+        *nonce = init.nonce.clone();
+        self.inits.lock().unwrap().push(init);
+        Introduced::Became(answer)
+    }
+
+    async fn requests(self: Arc<Self>, daemon: DuplexStream) {
         let service = service_fn(|request| self.clone().answer(request));
-        let serve = http2::Builder::new(TokioExecutor::new())
+        http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
-            .serve_connection(TokioIo::new(daemon), service);
-        tokio::select! { _ = pump_in => {}, _ = pump_out => {}, _ = serve => {} }
+            .serve_connection(TokioIo::new(daemon), service)
+            .await
+            .ok();
     }
 
     async fn answer(
@@ -427,24 +457,6 @@ impl Guest {
                 response
                     .headers_mut()
                     .insert(ERROR_HEADER, HeaderValue::from_static(why));
-            }
-            (Method::POST, "/init") => {
-                let body = request.into_body().collect().await.unwrap().to_bytes();
-                let init: InitRequest = serde_json::from_slice(&body).unwrap();
-                if self.behaviour.refuse_init.load(SeqCst) || take_one(&self.behaviour.refuse_inits)
-                {
-                    *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
-                    *response.body_mut() = full_body("the random number generator is gone");
-                    return Ok(response);
-                }
-                let mut nonce = self.nonce.lock().unwrap();
-                let answer = InitResponse {
-                    previous_nonce: nonce.clone(),
-                    envd_version: "0".to_owned(),
-                };
-                *nonce = init.nonce.clone();
-                self.inits.lock().unwrap().push(init);
-                *response.body_mut() = full_body(serde_json::to_vec(&answer).unwrap());
             }
             (Method::POST, path) if path.starts_with("/shares/") => {
                 *response.body_mut() = crate::tests::shares::ask(request, &self.answered);

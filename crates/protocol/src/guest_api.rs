@@ -1,9 +1,12 @@
-//! JSON of the calls that only the host may make. The guest serves them on the channel and nowhere
-//! else: no TCP port and no `CONNECT` tunnel reaches them.
+//! JSON of what only the host may say. The guest hears it on the channel and nowhere else: no TCP
+//! port and no `CONNECT` tunnel leads there.
+//!
+//! After every boot, every restore and whenever the host comes back, the first that it says is an
+//! [`InitRequest`], and the guest's answer is an [`Introduced`]
+//! ([`channel::introduction`](crate::channel::introduction)). Then there are calls:
 //!
 //! | call | request | answer |
 //! |---|---|---|
-//! | `POST /init` | [`InitRequest`] | 200 [`InitResponse`] |
 //! | `POST /sync` | | 204 once every file system is written back |
 //! | `GET /logs` | | 200, one [`LogEntry`] per line, oldest first |
 //! | `POST /shares/{tag}` | replies to the guest's requests | 200, requests; see [`share`](crate::share) |
@@ -14,9 +17,6 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use cubicle_ids::{SandboxId, TemplateId};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-
-/// Path of the call that tells a guest who it is, after every boot and every restore.
-pub const INIT_PATH: &str = "/init";
 
 /// Path of the call that fetches the guest's lifecycle log.
 pub const LOGS_PATH: &str = "/logs";
@@ -93,7 +93,17 @@ pub struct Mount {
     pub root: Option<PathBuf>,
 }
 
-/// Answer to [`InitRequest`].
+/// What the guest says to an [`InitRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Introduced {
+    /// It is what it was told to be.
+    Became(InitResponse),
+    /// It is not, and must not be used; why not.
+    Refused(String),
+}
+
+/// What a guest says that is what it was told to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct InitResponse {

@@ -28,7 +28,7 @@ pub(crate) fn is_public(path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use cubicle_protocol::guest_api::{INIT_PATH, LOGS_PATH};
+    use cubicle_protocol::guest_api::LOGS_PATH;
     use proptest::prelude::*;
 
     use super::*;
@@ -45,7 +45,7 @@ mod tests {
             assert!(is_public(path), "{path}");
         }
         for path in [
-            INIT_PATH,
+            "/init",
             LOGS_PATH,
             "/freeze",
             "/unfreeze",

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use cubicle_ids::SandboxId;
 use cubicle_protocol::{
     ENVD_VERSION, ERROR_HEADER, ERROR_PORT_CLOSED,
-    channel::{Nonce, host::handshake},
+    channel::{Nonce, host::handshake, introduction},
+    guest_api::{InitResponse, Introduced},
 };
 use cubicle_vmm::{
     Boot, Error, Hypervisor as _, Vm, VmSpec,
@@ -20,7 +21,7 @@ use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     time::timeout,
 };
 
@@ -46,8 +47,24 @@ struct Client(http2::SendRequest<Full<Bytes>>);
 
 impl Client {
     async fn connect(vm: &dyn Vm) -> Self {
+        Self::introduce(vm, &json!({})).await.0
+    }
+
+    /// Says who the guest is to be; also what it said to that.
+    async fn introduce(vm: &dyn Vm, init: &Value) -> (Self, InitResponse) {
         let stream = vm.connect_channel().await.unwrap();
-        let channel = handshake(stream, Nonce::generate()).await.unwrap();
+        let mut channel = handshake(stream, Nonce::generate()).await.unwrap();
+        let answer = match introduced(&mut channel, init).await {
+            Introduced::Became(answer) => answer,
+            Introduced::Refused(why) => panic!("{why}"),
+        };
+        (Self::over(channel).await, answer)
+    }
+
+    async fn over<T>(channel: T) -> Self
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(channel))
             .await
             .unwrap();
@@ -68,12 +85,16 @@ impl Client {
             .unwrap();
         self.0.send_request(request).await.unwrap()
     }
+}
 
-    async fn init(&mut self, body: Value) -> Value {
-        let response = self.send(Method::POST, "http://envd/init", &body).await;
-        assert_eq!(response.status(), StatusCode::OK);
-        json_of(response).await
-    }
+async fn introduced<T>(channel: &mut T, init: &Value) -> Introduced
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let init = init.to_string();
+    introduction::say(channel, init.as_bytes()).await.unwrap();
+    let answer = introduction::hear(channel).await.unwrap();
+    serde_json::from_slice(&answer).unwrap()
 }
 
 async fn json_of(response: Response<Incoming>) -> Value {
@@ -112,11 +133,12 @@ async fn a_guest_remembers_in_its_memory_what_it_was_told() {
         .launch(spec(dir.path(), cold(dir.path())))
         .await
         .unwrap();
-    let mut client = Client::connect(&*vm).await;
-    let first = client
-        .init(json!({ "envVars": { "A": "1" }, "nonce": "n1" }))
-        .await;
-    assert_eq!(first, json!({ "envdVersion": ENVD_VERSION }));
+    let told = json!({ "envVars": { "A": "1" }, "nonce": "n1" });
+    let (mut client, first) = Client::introduce(&*vm, &told).await;
+    assert_eq!(
+        (first.previous_nonce, first.envd_version.as_str()),
+        (None, ENVD_VERSION)
+    );
     let health = client
         .send(Method::GET, "http://envd/health", &Value::Null)
         .await;
@@ -145,7 +167,8 @@ async fn a_guest_remembers_in_its_memory_what_it_was_told() {
     assert_eq!(fs::metadata(&device_state).unwrap().len(), len);
     copy_memory(&*vm, &memory);
     vm.resume().await.unwrap();
-    client.init(json!({ "nonce": "n2" })).await;
+    drop(client);
+    Client::introduce(&*vm, &json!({ "nonce": "n2" })).await;
 
     let boot = Boot::Restore {
         memory,
@@ -161,19 +184,10 @@ async fn a_guest_remembers_in_its_memory_what_it_was_told() {
         "it was not resumed"
     );
     child.resume().await.unwrap();
-    let mut other = Client::connect(&*child).await;
-    let envs = json_of(
-        other
-            .send(Method::GET, "http://envd/envs", &Value::Null)
-            .await,
-    )
-    .await;
-    assert_eq!(envs, json!({ "A": "1" }));
-    assert_eq!(
-        other.init(json!({ "nonce": "n3" })).await["previousNonce"],
-        "n1"
-    );
-    assert_eq!(client.init(json!({})).await["previousNonce"], "n2");
+    let (_, answer) = Client::introduce(&*child, &json!({ "nonce": "n3" })).await;
+    assert_eq!(answer.previous_nonce.as_deref(), Some("n1"));
+    let (_, answer) = Client::introduce(&*vm, &json!({})).await;
+    assert_eq!(answer.previous_nonce.as_deref(), Some("n2"));
 
     let mut wrong = spec(dir.path(), boot);
     wrong.cpus = 2;
@@ -381,10 +395,9 @@ async fn a_guest_can_refuse_its_init() {
         .launch(spec(dir.path(), cold(dir.path())))
         .await
         .unwrap();
-    let mut client = Client::connect(&*vm).await;
-    let answer = client
-        .send(Method::POST, "http://envd/init", &json!({}))
-        .await;
-    assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    let stream = vm.connect_channel().await.unwrap();
+    let mut channel = handshake(stream, Nonce::generate()).await.unwrap();
+    let answer = introduced(&mut channel, &json!({})).await;
+    assert!(matches!(answer, Introduced::Refused(_)), "{answer:?}");
     vm.kill().await.unwrap();
 }

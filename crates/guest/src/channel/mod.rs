@@ -16,17 +16,18 @@ mod tunnel;
 #[cfg(test)]
 mod tests;
 
-use std::{convert::Infallible, future::poll_fn, io, pin::pin, task::Poll};
+use std::{convert::Infallible, future::poll_fn, io, pin::pin, sync::Arc, task::Poll};
 
 use axum::{Router, body::Body};
 use cubicle_protocol::{
     HOST_AUTHORITY,
-    channel::{CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, STREAM_WINDOW},
+    channel::{CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, STREAM_WINDOW, introduction},
 };
+use futures::future::BoxFuture;
 use http::{Method, Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioIo;
-use life::Wire;
+use life::{Life, Wire};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
@@ -39,9 +40,14 @@ const SEND_BUFFER: usize = 256 << 10;
 /// against strangers; the host is none, and gives up many at once when a client goes away.
 const MAX_ABANDONED: usize = 16_384;
 
+/// Takes what the host says first in a life, and answers it.
+pub type Introduce = Arc<dyn Fn(Vec<u8>) -> BoxFuture<'static, Vec<u8>> + Send + Sync>;
+
 /// What is served on the channel: requests say by their authority which of the two they are for.
 #[derive(Clone)]
 pub struct Doors {
+    /// Who the guest is from now on.
+    pub introduce: Introduce,
     /// For the host's own requests.
     pub host: Router,
     /// For requests that the host forwards.
@@ -58,6 +64,10 @@ pub async fn serve(port: Port, doors: Doors) -> io::Result<Infallible> {
         let hello = wire.hello().await?;
         tracing::debug!(nonce = %hello.nonce, version = hello.version, "a new life");
         wire.reply(hello).await?;
+        if let Err(error) = introduce(&mut wire.life(), &doors).await {
+            tracing::debug!(%error, "the life ended before it began");
+            continue;
+        }
         let life = CancellationToken::new();
         let _end = life.clone().drop_guard();
         let executor = Executor(life);
@@ -80,6 +90,13 @@ pub async fn serve(port: Port, doors: Doors) -> io::Result<Infallible> {
             tracing::debug!(%error, "the life is over");
         }
     }
+}
+
+/// Hears who the guest is to be and says what came of it.
+async fn introduce(life: &mut Life<'_>, doors: &Doors) -> io::Result<()> {
+    let request = introduction::hear(life).await?;
+    let answer = (doors.introduce)(request).await;
+    introduction::say(life, &answer).await
 }
 
 /// Runs what a life spawns, and drops it with the life.

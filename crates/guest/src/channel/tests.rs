@@ -19,8 +19,10 @@ use cubicle_protocol::{
     channel::{
         Hello, MAGIC, Nonce,
         host::{HostChannel, handshake},
+        introduction,
     },
 };
+use futures::FutureExt as _;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, client::conn::http2};
@@ -31,11 +33,16 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Doors, Port, serve};
+use super::{Doors, Introduce, Port, serve};
 
 type Sender = http2::SendRequest<Full<Bytes>>;
 
 const SOON: Duration = Duration::from_secs(5);
+
+/// Answers an introduction with itself.
+fn echo() -> Introduce {
+    Arc::new(|request| std::future::ready(request).boxed())
+}
 
 /// A guest on one end of a socket pair; the other end.
 fn guest(router: Router) -> StdUnixStream {
@@ -45,6 +52,7 @@ fn guest(router: Router) -> StdUnixStream {
         serve(
             port,
             Doors {
+                introduce: echo(),
                 host: router.clone(),
                 public: router,
             },
@@ -95,7 +103,10 @@ impl AsyncWrite for Attached {
 
 async fn begin(host: &StdUnixStream) -> Sender {
     let channel = handshake(attach(host), Nonce::generate());
-    let channel: HostChannel<_> = timeout(SOON, channel).await.unwrap().unwrap();
+    let mut channel: HostChannel<_> = timeout(SOON, channel).await.unwrap().unwrap();
+    introduction::say(&mut channel, b"{}").await.unwrap();
+    let heard = timeout(SOON, introduction::hear(&mut channel));
+    assert!(!heard.await.unwrap().unwrap().is_empty());
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .initial_connection_window_size(cubicle_protocol::channel::CONNECTION_WINDOW)
         .initial_stream_window_size(cubicle_protocol::channel::STREAM_WINDOW)
@@ -347,12 +358,13 @@ async fn only_the_host_itself_gets_what_is_the_hosts() {
     let (host, port) = StdUnixStream::pair().unwrap();
     let port = Port::new(OwnedFd::from(port)).unwrap();
     let doors = Doors {
+        introduce: services.introduce,
         host: services.host,
         public: services.public,
     };
     tokio::spawn(async move { serve(port, doors).await.map(|never| match never {}) });
     let mut sender = begin(&host).await;
-    for (method, path) in [("POST", "/init"), ("GET", "/logs")] {
+    for (method, path) in [("POST", "/sync"), ("GET", "/logs")] {
         let mut statuses = Vec::new();
         for authority in [HOST_AUTHORITY, ENVD_AUTHORITY] {
             let uri = format!("http://{authority}{path}");
@@ -365,7 +377,6 @@ async fn only_the_host_itself_gets_what_is_the_hosts() {
                 .unwrap();
             statuses.push(response.status());
         }
-        // The host's request to `/init` is understood, and refused for what it says.
         assert_ne!(statuses[0], StatusCode::NOT_FOUND, "{path}");
         assert_eq!(statuses[1], StatusCode::NOT_FOUND, "{path}");
 
@@ -404,6 +415,7 @@ fn the_host_being_away_costs_no_time() {
         let serving = serve(
             port,
             Doors {
+                introduce: echo(),
                 host: hello_router(),
                 public: hello_router(),
             },

@@ -1,25 +1,17 @@
-//! `POST /init`: the host tells the sandbox who it is, after every boot and every restore and
-//! before anybody else can reach it.
+//! The host tells the sandbox who it is, after every boot and every restore and before anybody else
+//! can reach it.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
-use axum::{
-    Json,
-    body::Bytes,
-    extract::{State as Shared, rejection::BytesRejection},
-    response::Response,
-};
 use cubicle_protocol::{
     ENVD_VERSION,
-    guest_api::{InitRequest, InitResponse, Mount, Timestamp},
+    guest_api::{InitRequest, InitResponse, Introduced, Mount, Timestamp},
 };
-use http::StatusCode;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
-use super::{entropy, names::Names, uncached};
+use super::{entropy, names::Names};
 use crate::{
     access::{AccessToken, State, User},
-    http::ApiError,
     share,
 };
 
@@ -68,35 +60,28 @@ pub enum Error {
     Share(#[from] share::Error),
 }
 
-impl From<Error> for ApiError {
-    fn from(error: Error) -> Self {
-        let status = match error {
-            Error::Request(_) | Error::MachineId(_) => StatusCode::BAD_REQUEST,
-            _ => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self::new(status, error.to_string())
-    }
+/// Becomes what an [`InitRequest`] says, and answers with an [`Introduced`].
+pub(crate) async fn introduce(state: &State, request: &[u8]) -> Vec<u8> {
+    let introduced = match become_what(state, request).await {
+        Ok(response) => Introduced::Became(response),
+        Err(error) => Introduced::Refused(error.to_string()),
+    };
+    // Texts only, which cannot fail.
+    serde_json::to_vec(&introduced).unwrap_or_default()
 }
 
 /// Does all that an [`InitRequest`] asks for, or fails: a sandbox that is half itself is not to be
 /// used.
-pub(crate) async fn init(
-    Shared(state): Shared<Arc<State>>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, ApiError> {
-    let body = body.map_err(|error| Error::Request(error.body_text()))?;
-    let mut request: InitRequest = if body.is_empty() {
-        InitRequest::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|error| Error::Request(error.to_string()))?
-    };
+async fn become_what(state: &State, request: &[u8]) -> Result<InitResponse, Error> {
+    let mut request: InitRequest =
+        serde_json::from_slice(request).map_err(|error| Error::Request(error.to_string()))?;
     let mounts = request.mounts.take();
     // Not on another thread: what it writes is in memory, and nobody else is served yet.
-    let response = apply(&state, request)?;
+    let response = apply(state, request)?;
     if let Some(mounts) = mounts {
-        mount(&state, mounts).await?;
+        mount(state, mounts).await?;
     }
-    Ok(uncached(Json(response)))
+    Ok(response)
 }
 
 /// Mounts what the host shares. Everything in it belongs to the user of requests that name none, or

@@ -15,7 +15,7 @@ use axum::{
 };
 
 pub use init::Error;
-pub(crate) use init::init;
+pub(crate) use init::introduce;
 pub(crate) use metrics::{Meter, metrics};
 
 use crate::access::State;

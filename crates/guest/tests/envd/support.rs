@@ -16,8 +16,10 @@ use axum::{
 use bytes::Bytes;
 use cubicle_guest::{
     access::{AccessToken, State},
+    channel::Introduce,
     http::Api,
 };
+use cubicle_protocol::guest_api::Introduced;
 use http_body_util::BodyExt as _;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -49,6 +51,7 @@ pub(crate) struct Sandbox {
     root: TempDir,
     pub(crate) state: Arc<State>,
     pub(crate) router: Router,
+    introduce: Introduce,
     pub(crate) uid: u32,
 }
 
@@ -86,10 +89,8 @@ impl Sandbox {
         Self {
             root,
             state,
-            // As on the channel: what only the host may ask for, and everything else.
-            router: api
-                .public_router()
-                .route("/init", axum::routing::any_service(api.host_router())),
+            router: api.public_router(),
+            introduce: api.introduce(),
             uid,
         }
     }
@@ -109,6 +110,12 @@ impl Sandbox {
     /// A path below the home of `user`.
     pub(crate) fn home(&self, path: &str) -> PathBuf {
         self.root().join("home/user").join(path)
+    }
+
+    /// Tells the sandbox who it is, as the host does on the channel.
+    pub(crate) async fn introduce(&self, request: &str) -> Introduced {
+        let answer = (self.introduce)(request.as_bytes().to_vec()).await;
+        serde_json::from_slice(&answer).unwrap()
     }
 
     pub(crate) async fn send(&self, request: Request<Body>) -> Answer {

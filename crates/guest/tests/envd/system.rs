@@ -6,6 +6,7 @@ use axum::{
     body::Body,
     http::{Request, StatusCode},
 };
+use cubicle_protocol::guest_api::Introduced;
 use serde_json::json;
 
 use crate::support::Sandbox;
@@ -41,7 +42,7 @@ async fn wrong_routes_and_methods_are_json() {
         answer.json(),
         json!({"code": 404, "message": "no such route"})
     );
-    for (method, uri) in [("DELETE", "/files"), ("POST", "/metrics"), ("GET", "/init")] {
+    for (method, uri) in [("DELETE", "/files"), ("POST", "/metrics"), ("PUT", "/envs")] {
         let request = Request::builder()
             .method(method)
             .uri(uri)
@@ -95,11 +96,11 @@ async fn metrics_have_the_names_that_clients_read() {
 #[tokio::test]
 async fn the_host_says_who_the_sandbox_is() {
     let sandbox = Sandbox::new();
-    let init = async |request: serde_json::Value| {
-        sandbox
-            .post("/init", "application/json", request.to_string())
-            .await
-    };
+    let init =
+        async |request: serde_json::Value| match sandbox.introduce(&request.to_string()).await {
+            Introduced::Became(response) => response,
+            Introduced::Refused(why) => panic!("{why}"),
+        };
     let first = json!({
         "envVars": {"GREETING": "hello", "E2B_SANDBOX_ID": "forged"},
         "accessToken": "secret",
@@ -112,11 +113,8 @@ async fn the_host_says_who_the_sandbox_is() {
         "nonce": "first",
     });
     let answer = init(first).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
-    assert_eq!(
-        answer.json(),
-        json!({"envdVersion": cubicle_protocol::ENVD_VERSION})
-    );
+    assert_eq!(answer.envd_version, cubicle_protocol::ENVD_VERSION);
+    assert_eq!(answer.previous_nonce, None);
     let read = |path: &str| fs::read_to_string(sandbox.root().join(path)).unwrap();
     assert_eq!(read("etc/machine-id"), "0123456789abcdef0123456789abcdef\n");
     assert_eq!(read("etc/resolv.conf"), "nameserver 9.9.9.9\n");
@@ -139,7 +137,7 @@ async fn the_host_says_who_the_sandbox_is() {
 
     // What isn't said stays; the environment is replaced; the nonce shows where this VM is from.
     let answer = init(json!({"envVars": {"B": "2"}, "nonce": "second"})).await;
-    assert_eq!(answer.json()["previousNonce"], "first");
+    assert_eq!(answer.previous_nonce.as_deref(), Some("first"));
     let settings = sandbox.state.settings();
     assert_eq!(settings.env_vars.keys().collect::<Vec<_>>(), ["B"]);
     assert!(settings.access_token.as_ref().unwrap().matches(b"secret"));
@@ -150,27 +148,18 @@ async fn the_host_says_who_the_sandbox_is() {
 #[tokio::test]
 async fn a_request_that_cannot_be_met_fails() {
     let sandbox = Sandbox::new();
-    for (body, status) in [
-        ("{", StatusCode::BAD_REQUEST),
-        (r#"{"entropy":"c2hvcnQ="}"#, StatusCode::BAD_REQUEST),
-        (r#"{"machineID":"x"}"#, StatusCode::BAD_REQUEST),
-    ] {
-        let answer = sandbox.post("/init", "application/json", body).await;
-        assert_eq!(answer.status, status, "{body}");
-        assert_eq!(answer.json()["code"], status.as_u16());
+    let refused = async |request| match sandbox.introduce(request).await {
+        Introduced::Refused(why) => why,
+        Introduced::Became(_) => panic!("{request} was taken"),
+    };
+    for request in ["{", r#"{"entropy":"c2hvcnQ="}"#, r#"{"machineID":"x"}"#] {
+        let why = refused(request).await;
+        assert!(why.starts_with("invalid "), "{request}: {why}");
     }
     // A directory where the file should be.
     fs::create_dir_all(sandbox.root().join("etc/resolv.conf")).unwrap();
-    let answer = sandbox
-        .post("/init", "application/json", r#"{"dnsServers":["1.1.1.1"]}"#)
-        .await;
-    assert_eq!(answer.status, StatusCode::INTERNAL_SERVER_ERROR);
-    assert!(
-        answer.json()["message"]
-            .as_str()
-            .unwrap()
-            .contains("etc/resolv.conf")
-    );
+    let why = refused(r#"{"dnsServers":["1.1.1.1"]}"#).await;
+    assert!(why.contains("etc/resolv.conf"), "{why}");
 }
 
 /// In a UTS namespace of the thread's own, so that this machine keeps its name.
@@ -188,10 +177,8 @@ fn the_host_name_can_be_resolved() {
             .unwrap();
         runtime.block_on(async {
             let sandbox = Sandbox::new();
-            let answer = sandbox
-                .post("/init", "application/json", r#"{"hostname":"cell-7"}"#)
-                .await;
-            assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+            let answer = sandbox.introduce(r#"{"hostname":"cell-7"}"#).await;
+            assert!(matches!(answer, Introduced::Became(_)), "{answer:?}");
             let name = rustix::system::uname();
             assert_eq!(name.nodename().to_str(), Ok("cell-7"));
             let read = |path: &str| fs::read_to_string(sandbox.root().join(path)).unwrap();

@@ -8,14 +8,15 @@ use std::{
 
 use cubicle_ids::SandboxId;
 use cubicle_protocol::{
-    HOST_AUTHORITY,
-    channel::{self, CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, Nonce, STREAM_WINDOW},
-    guest_api::{Entropy, INIT_PATH, InitRequest, InitResponse, Timestamp},
+    channel::{
+        self, CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, Nonce, STREAM_WINDOW,
+        host::HostChannel, introduction,
+    },
+    guest_api::{Entropy, InitRequest, InitResponse, Introduced, Timestamp},
 };
 use cubicle_vmm::{ChannelStream, Vm};
 use futures::FutureExt as _;
-use http::{Method, Request, Response, header};
-use http_body_util::{BodyExt as _, Limited};
+use http::{Request, Response};
 use hyper::{
     body::Incoming,
     client::conn::{TrySendError, http2},
@@ -24,7 +25,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::timeout_at;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Identity, LifeTimings, Outgoing, full_body, outgoing};
+use super::{Identity, LifeTimings, Outgoing};
 use crate::{
     error::{Error, Result},
     shares::{self, Shares},
@@ -40,9 +41,6 @@ const REPLY_WAIT_MAX: Duration = Duration::from_secs(4);
 /// lives, and given as long again to answer. A guest daemon that was killed and started again knows
 /// nothing of the connection and would never say so.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-
-/// Longest answer to `/init` that is read, in bytes.
-const ANSWER_LIMIT: usize = 64 << 10;
 
 /// An HTTP/2 connection to the guest daemon. Dropping it ends it.
 pub(super) struct Life {
@@ -77,7 +75,7 @@ impl Life {
 
         let mut wait = REPLY_WAIT;
         let mut last = String::new();
-        let channel = loop {
+        let mut channel = loop {
             let until = deadline.min(tokio::time::Instant::now() + wait);
             match timeout_at(until, shake_hands(vm, id)).await {
                 Ok(Ok(channel)) => break channel,
@@ -103,6 +101,11 @@ impl Life {
             wait = (wait * 2).min(REPLY_WAIT_MAX);
         };
         let replied = Instant::now();
+
+        let answer = timeout_at(deadline, introduce(&mut channel, id, identity))
+            .await
+            .map_err(|_elapsed| unanswered("the guest did not say who it is".to_owned()))??;
+        let introduced = Instant::now();
 
         let over = CancellationToken::new();
         let end_on_drop = over.clone().drop_guard();
@@ -137,12 +140,9 @@ impl Life {
             _end_on_drop: end_on_drop,
         };
 
-        let answer = timeout_at(deadline, life.introduce(id, identity))
-            .await
-            .map_err(|_elapsed| unanswered("the guest did not answer /init".to_owned()))??;
         let timings = LifeTimings {
             channel: replied - begun,
-            init: replied.elapsed(),
+            init: introduced - replied,
         };
         Ok((life, answer, timings))
     }
@@ -173,57 +173,51 @@ impl Life {
     pub(super) async fn ended(&self) {
         self.over.cancelled().await;
     }
+}
 
-    async fn introduce(&self, id: &SandboxId, identity: &Identity) -> Result<InitResponse> {
-        const CALL: &str = "POST /init";
-        let init = InitRequest {
-            timestamp: Some(Timestamp::now()),
-            entropy: Some(Entropy::generate()),
-            mounts: identity.init.mounts.clone().map(shares::told),
-            ..identity.init.clone()
-        };
-        let unreadable = |reason: String| Error::GuestAnswer {
-            id: id.clone(),
-            call: CALL,
-            reason,
-        };
-        let body = serde_json::to_vec(&init).map_err(|error| unreadable(error.to_string()))?;
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(format!("http://{HOST_AUTHORITY}{INIT_PATH}"))
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(outgoing(full_body(body)))
-            .map_err(|error| unreadable(error.to_string()))?;
-        let response = self.send(request).await.map_err(|failure| Error::Broken {
-            id: id.clone(),
-            source: failure.into_error(),
-        })?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_LIMIT)
-            .collect()
-            .await
-            .map_err(|error| unreadable(error.to_string()))?
-            .to_bytes();
-        if !status.is_success() {
-            let message = String::from_utf8_lossy(&body).chars().take(500).collect();
+/// Tells the guest who it is, by the clock of this moment and with entropy that nobody had before.
+async fn introduce(
+    channel: &mut HostChannel<ChannelStream>,
+    id: &SandboxId,
+    identity: &Identity,
+) -> Result<InitResponse> {
+    let request = InitRequest {
+        timestamp: Some(Timestamp::now()),
+        entropy: Some(Entropy::generate()),
+        mounts: identity.init.mounts.clone().map(shares::told),
+        ..identity.init.clone()
+    };
+    let unreadable = |reason: String| Error::GuestAnswer {
+        id: id.clone(),
+        call: "its introduction",
+        reason,
+    };
+    let request = serde_json::to_vec(&request).map_err(|error| unreadable(error.to_string()))?;
+    let heard = async {
+        introduction::say(channel, &request).await?;
+        introduction::hear(channel).await
+    };
+    let answer = heard.await.map_err(|error| unreadable(error.to_string()))?;
+    let introduced: Introduced =
+        serde_json::from_slice(&answer).map_err(|error| unreadable(error.to_string()))?;
+    let response = match introduced {
+        Introduced::Became(response) => response,
+        Introduced::Refused(message) => {
             return Err(Error::Init {
                 id: id.clone(),
-                status,
-                message,
+                message: message.chars().take(500).collect(),
             });
         }
-        let answer: InitResponse =
-            serde_json::from_slice(&body).map_err(|error| unreadable(error.to_string()))?;
-        if let Some((snapshot, nonce)) = &identity.restored
-            && answer.previous_nonce.as_ref() != Some(nonce)
-        {
-            return Err(Error::WrongMemory {
-                id: id.clone(),
-                snapshot: snapshot.clone(),
-            });
-        }
-        Ok(answer)
+    };
+    if let Some((snapshot, nonce)) = &identity.restored
+        && response.previous_nonce.as_ref() != Some(nonce)
+    {
+        return Err(Error::WrongMemory {
+            id: id.clone(),
+            snapshot: snapshot.clone(),
+        });
     }
+    Ok(response)
 }
 
 async fn shake_hands(

@@ -119,7 +119,7 @@ async fn a_guest_that_hangs_up_is_not_called_in_a_tight_loop() {
     vm.guest.behaviour.hang_up.store(u32::MAX, SeqCst);
     let error = open(&vm, nobody()).await.unwrap_err();
     assert!(
-        matches!(error, Error::Broken { .. } | Error::Unanswered { .. }),
+        matches!(error, Error::GuestAnswer { .. } | Error::Unanswered { .. }),
         "{error}"
     );
     assert!(vm.connections.load(SeqCst) < 20);
@@ -145,10 +145,7 @@ async fn a_guest_that_refuses_its_identity_or_holds_other_memory_is_not_used() {
 
     vm.guest.behaviour.refuse_init.store(true, SeqCst);
     let error = open(&vm, identity("right")).await.unwrap_err().to_string();
-    assert!(
-        error.contains("500") && error.contains("generator is gone"),
-        "{error}"
-    );
+    assert!(error.contains("generator is gone"), "{error}");
 }
 
 #[tokio::test]

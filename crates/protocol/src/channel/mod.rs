@@ -14,19 +14,23 @@
 //! zeros out again. Towards the host the payload is raw: the host knows its nonce, drops everything
 //! before the Reply that carries it, and from there on reads what the guest wrote.
 //!
+//! First in a life come two messages, one each way ([`introduction`]): who the guest is to be, and
+//! that it is. All that follows is HTTP/2.
+//!
 //! `version` is big-endian, `crc` is the CRC-32 (IEEE) of version and nonce, big-endian.
 
 use std::fmt;
 
 mod detector;
 pub mod host;
+pub mod introduction;
 mod stuffer;
 
 pub use detector::{Detector, Event};
 pub use stuffer::{Run, Stuffer};
 
 /// Version of everything below HTTP/2. Both sides must speak the same one.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Marks a Hello, a Reply, or, followed by `0x00`, itself.
 ///

@@ -11,11 +11,14 @@ use std::{
 use bytes::Bytes;
 use cubicle_protocol::{
     ENVD_VERSION, ERROR_HEADER, ERROR_PORT_CLOSED,
-    channel::{CONNECTION_WINDOW, Detector, Event, MAX_FRAME_SIZE, MAX_STREAMS, STREAM_WINDOW},
-    guest_api::{INIT_PATH, InitRequest, InitResponse},
+    channel::{
+        CONNECTION_WINDOW, Detector, Event, MAX_FRAME_SIZE, MAX_STREAMS, STREAM_WINDOW,
+        introduction,
+    },
+    guest_api::{InitRequest, InitResponse, Introduced},
 };
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde::{Deserialize, Serialize};
@@ -129,6 +132,11 @@ impl Life {
             Some(output)
         });
         tasks.spawn(async move {
+            let mut far = far;
+            let heard = introduction::hear(&mut far).await.ok()?;
+            let introduced = introduce(&connection, &heard);
+            let said = serde_json::to_vec(&introduced).ok()?;
+            introduction::say(&mut far, &said).await.ok()?;
             let requests = service_fn(move |request| {
                 let connection = Arc::clone(&connection);
                 async move { Ok::<_, Infallible>(answer(&connection, request).await) }
@@ -183,10 +191,6 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Response
         return tunnel(&behaviour, request);
     }
     match (request.method(), request.uri().path()) {
-        (&Method::POST, INIT_PATH) if behaviour.refuses_init => {
-            plain(StatusCode::INTERNAL_SERVER_ERROR, "told to refuse")
-        }
-        (&Method::POST, INIT_PATH) => init(connection, request).await,
         (&Method::GET, "/health") => empty(StatusCode::NO_CONTENT),
         (&Method::GET, "/envs") => json_body(&remembered(&connection.memory).env_vars),
         (&Method::GET, "/metrics") => metrics(connection),
@@ -194,13 +198,13 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Response
     }
 }
 
-async fn init(connection: &Connection, request: Request<Incoming>) -> Response<Body> {
-    let Ok(body) = request.into_body().collect().await else {
-        return plain(StatusCode::BAD_REQUEST, "the request broke off");
-    };
-    let init: InitRequest = match serde_json::from_slice(&body.to_bytes()) {
+fn introduce(connection: &Connection, request: &[u8]) -> Introduced {
+    if connection.world.behaviour().refuses_init {
+        return Introduced::Refused("told to refuse".to_owned());
+    }
+    let init: InitRequest = match serde_json::from_slice(request) {
         Ok(init) => init,
-        Err(error) => return plain(StatusCode::BAD_REQUEST, &error.to_string()),
+        Err(error) => return Introduced::Refused(error.to_string()),
     };
     let before = remembered(&connection.memory);
     let nonce = init.nonce.or_else(|| before.nonce.clone());
@@ -208,10 +212,10 @@ async fn init(connection: &Connection, request: Request<Incoming>) -> Response<B
         nonce,
         env_vars: init.env_vars,
     };
-    let Some(()) = remember(&connection.memory, &state) else {
-        return plain(StatusCode::INSUFFICIENT_STORAGE, "too much to remember");
-    };
-    json_body(&InitResponse {
+    if remember(&connection.memory, &state).is_none() {
+        return Introduced::Refused("too much to remember".to_owned());
+    }
+    Introduced::Became(InitResponse {
         previous_nonce: before.nonce,
         envd_version: ENVD_VERSION.to_owned(),
     })

@@ -3,7 +3,7 @@
 //! A fake VM has no CPU, but what others see of a VM is real: a run directory; guest memory that is
 //! mapped private from the image it was restored from, so that it can be scanned and copied like a
 //! VM's; a device state to save and restore; and a guest that speaks the channel's handshake and
-//! HTTP/2, remembers in its memory what `/init` told it, and echoes on every tunnel. It starts in
+//! HTTP/2, remembers in its memory what it was told to be, and echoes on every tunnel. It starts in
 //! microseconds.
 //!
 //! [`Behaviour`] makes a step fail, a guest silent or a VM short-lived; [`Fake::counts`] tells
@@ -91,7 +91,7 @@ pub struct Behaviour {
     pub fails: BTreeSet<Step>,
     /// Guests accept connections and never answer.
     pub silent: bool,
-    /// Guests answer `POST /init` with status 500.
+    /// Guests refuse to be who they are told to be.
     pub refuses_init: bool,
     /// VMs end by themselves, that long after their launch.
     pub dies_after: Option<Duration>,
