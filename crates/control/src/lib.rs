@@ -1,10 +1,9 @@
 //! The control plane: what sandboxes and templates there are to be.
 //!
 //! `control` holds intent and the API's truth: keys, templates, sandboxes with their timeouts,
-//! metadata and tokens, and their snapshots and volumes. The fleet below it holds fact. Five services
-//! make up its face, gathered in [`Control`]: [`Keys`](keys::Keys),
-//! [`Templates`](template::Templates), [`Sandboxes`](sandbox::Sandboxes),
-//! [`Snapshots`](snapshot::Snapshots) and [`Volumes`]. None of them knows HTTP.
+//! metadata and tokens, and their snapshots and volumes. The fleet below it holds fact. Five
+//! services make up its face, gathered in [`Control`]: [`Keys`], [`Templates`], [`Sandboxes`],
+//! [`Snapshots`] and [`Volumes`]. None of them knows HTTP.
 //!
 //! Invariants:
 //! - A sandbox changes state in [`lifecycle::next`] and nowhere else; kill is legal in every state.
