@@ -38,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long one program took, in milliseconds.
 #[derive(Debug, Default)]
 struct Times {
-    /// From the call until the checkpoint is written and the workload runs on.
+    /// From the call until the checkpoint is written and, where it does, the workload runs on.
     checkpoint: Vec<f64>,
     /// From the call until the workload runs again.
     restore: Vec<f64>,
@@ -263,6 +263,27 @@ async fn ready(output: &Path) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Where a peer is installed, it is measured or says why it cannot be; nothing stays behind.
+    #[tokio::test]
+    async fn what_is_installed_is_measured_or_says_why_not() {
+        let dir = std::env::temp_dir().join(format!("cubicle-peers-{}", std::process::id()));
+        for program in ["runsc", "criu"] {
+            let Some(path) = installed(program) else {
+                continue;
+            };
+            fresh(&dir).expect("a directory");
+            let outcome = match program {
+                "runsc" => gvisor::measure(&path, &dir, 2).await,
+                _ => criu::measure(&path, &dir, 2).await,
+            };
+            match outcome {
+                Ok(times) => assert_eq!((times.checkpoint.len(), times.restore.len()), (2, 2)),
+                Err(why) => assert!(why.contains(program), "{why}"),
+            }
+            std::fs::remove_dir_all(&dir).expect("removed");
+        }
+    }
 
     #[test]
     fn ratios_are_to_ourselves_and_what_is_missing_is_said() {

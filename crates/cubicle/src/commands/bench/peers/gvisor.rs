@@ -1,4 +1,7 @@
 //! gVisor: a container on a kernel in user space, which can write itself down.
+//!
+//! A checkpoint ends the container here, where ours runs on: the way that leaves it running starts a
+//! new one in its place and, in some versions, never returns.
 
 use std::{fs::File, path::Path, process::Stdio, time::Instant};
 
@@ -8,38 +11,46 @@ use tokio::process::Command;
 use super::{PATIENCE, Times, WORKLOAD, ready, say};
 use crate::commands::bench::summary::millis;
 
-const SOURCE: &str = "source";
-
 pub(super) async fn measure(runsc: &Path, dir: &Path, rounds: u32) -> Result<Times, String> {
     bundle(runsc, dir).await?;
-    let outcome = measure_in(runsc, dir, rounds).await;
-    // Gone already, or never there: both are fine.
-    let _ = say(command(runsc, dir).args(["delete", "--force", SOURCE])).await;
+    let mut lives = 0;
+    let outcome = measure_in(runsc, dir, rounds, &mut lives).await;
+    for life in 0..=lives {
+        // Gone already, or never there: both are fine.
+        let _ = delete(runsc, dir, life).await;
+    }
     outcome
 }
 
-async fn measure_in(runsc: &Path, dir: &Path, rounds: u32) -> Result<Times, String> {
+/// Checkpoints a container and restores it as the next one, over and over.
+async fn measure_in(
+    runsc: &Path,
+    dir: &Path,
+    rounds: u32,
+    lives: &mut u32,
+) -> Result<Times, String> {
     let output = dir.join("output");
     let mut run = command(runsc, dir);
     run.args(["run", "--detach", "--bundle"])
         .arg(dir)
-        .arg(SOURCE);
-    detached(&mut run, &output).await?;
+        .arg(name(0));
+    apart(&mut run, &output).await?;
     ready(&output).await?;
     let mut times = Times::default();
-    for round in 0..rounds {
-        let images = dir.join(format!("images-{round}"));
+    for life in 0..rounds {
+        let images = dir.join(format!("images-{life}"));
         super::fresh(&images)?;
         let began = Instant::now();
         let mut checkpoint = command(runsc, dir);
         checkpoint
-            .args(["checkpoint", "--leave-running", "--image-path"])
+            .args(["checkpoint", "--image-path"])
             .arg(&images)
-            .arg(SOURCE);
-        say(&mut checkpoint).await?;
+            .arg(name(life));
+        apart(&mut checkpoint, &dir.join("checkpoint-output")).await?;
         times.checkpoint.push(millis(began));
+        delete(runsc, dir, life).await?;
 
-        let copy = format!("copy-{round}");
+        *lives = life + 1;
         let began = Instant::now();
         let mut restore = command(runsc, dir);
         restore
@@ -47,13 +58,22 @@ async fn measure_in(runsc: &Path, dir: &Path, rounds: u32) -> Result<Times, Stri
             .arg(dir)
             .arg("--image-path")
             .arg(&images)
-            .arg(&copy);
-        let restored = detached(&mut restore, &dir.join("copy-output")).await;
+            .arg(name(*lives));
+        apart(&mut restore, &dir.join("restore-output")).await?;
         times.restore.push(millis(began));
-        let _ = say(command(runsc, dir).args(["delete", "--force", &copy])).await;
-        restored?;
     }
     Ok(times)
+}
+
+/// The container in one of its lives.
+fn name(life: u32) -> String {
+    format!("life-{life}")
+}
+
+async fn delete(runsc: &Path, dir: &Path, life: u32) -> Result<(), String> {
+    let mut delete = command(runsc, dir);
+    delete.args(["delete", "--force"]).arg(name(life));
+    apart(&mut delete, &dir.join("delete-output")).await
 }
 
 /// `runsc` with a state directory of our own, and without what a benchmark does not need.
@@ -65,11 +85,16 @@ fn command(runsc: &Path, dir: &Path) -> Command {
     command
 }
 
-/// Runs a command whose container keeps its output streams open.
-async fn detached(command: &mut Command, output: &Path) -> Result<(), String> {
+/// Runs a command whose output goes into a file: the container keeps it open, so that a pipe would
+/// not end with the command.
+async fn apart(command: &mut Command, output: &Path) -> Result<(), String> {
     let file = File::create(output).map_err(|error| format!("{}: {error}", output.display()))?;
     let again = file.try_clone().map_err(|error| error.to_string())?;
-    command.stdin(Stdio::null()).stdout(file).stderr(again);
+    command
+        .stdin(Stdio::null())
+        .stdout(file)
+        .stderr(again)
+        .kill_on_drop(true);
     let shown = format!("{:?}", command.as_std());
     let status = tokio::time::timeout(PATIENCE, command.status())
         .await
