@@ -153,6 +153,15 @@ impl Inner {
             let swept = snapshot::reconcile(&self.snapshots, &self.trash, facts, &paused).await?;
             report.stray_snapshots = swept.dropped;
             report.failed_snapshots = swept.failed;
+            for snapshot in swept.finished {
+                let Some(entry) = self.registry.get(&snapshot.sandbox) else {
+                    continue;
+                };
+                if snapshot.parent.as_ref() == Some(&entry.sandbox().base) {
+                    entry.change(|sandbox| sandbox.base = snapshot.id);
+                    self.save(&entry).await?;
+                }
+            }
         }
         Ok(report)
     }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use cubicle_ids::SnapshotId;
 
-use super::{Filter, SnapshotState, Store, Trash};
+use super::{Filter, Snapshot, SnapshotState, Store, Trash};
 use crate::{
     error::Result,
     fleet::{SnapshotFact, SnapshotKind},
@@ -14,8 +14,11 @@ use crate::{
 pub(crate) const MISSING: &str = "its files are missing";
 
 /// What was done about snapshots at a restart.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Swept {
+    /// Snapshots that had been taken, but for the last line on record. Their sandboxes descend from
+    /// them.
+    pub(crate) finished: Vec<Snapshot>,
     /// Snapshots that nobody owns, deleted.
     pub(crate) dropped: usize,
     /// Snapshots that cannot be used any more.
@@ -43,6 +46,7 @@ pub(crate) async fn reconcile(
             // Nobody was told of it: it either has happened or it has not.
             (S::Publishing, None) => {
                 store.change(id, &[S::Publishing], S::Ready, None).await?;
+                swept.finished.push(row);
             }
             (S::Publishing, Some(_)) => {
                 store.remove(id).await?;
