@@ -2,6 +2,7 @@
 
 mod bench;
 mod snapshot;
+mod volume;
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -11,6 +12,7 @@ use clap_complete::Shell;
 pub(crate) use self::{
     bench::{Bench, BenchCreate, BenchMatrix},
     snapshot::Snapshot,
+    volume::{Volume, VolumeMount},
 };
 
 /// Where Cubicle keeps its state unless it is told otherwise.
@@ -86,6 +88,9 @@ pub(crate) enum Command {
     /// List, build and remove templates
     #[command(subcommand, visible_alias = "tpl")]
     Template(Template),
+    /// Make, list and delete directories that outlive sandboxes
+    #[command(subcommand, visible_alias = "vol")]
+    Volume(Volume),
     /// Measure the running server
     #[command(subcommand)]
     Bench(Bench),
@@ -196,6 +201,9 @@ pub(crate) enum Sandbox {
         /// Label to find it by, may be repeated
         #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_pair)]
         metadata: Vec<(String, String)>,
+        /// Volume to mount, may be repeated; `:ro` behind it for one that it cannot change
+        #[arg(long = "volume", value_name = "NAME:PATH[:ro]", value_parser = volume::mount)]
+        volumes: Vec<VolumeMount>,
         /// Cut it off from every network
         #[arg(long)]
         no_internet: bool,

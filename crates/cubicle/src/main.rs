@@ -55,6 +55,7 @@ async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Sandbox(command) => commands::sandbox::run(&global, command).await,
         Command::Template(command) => commands::template::run(&global, command).await,
         Command::Snapshot(command) => commands::snapshot::run(&global, command).await,
+        Command::Volume(command) => commands::volume::run(&global, command).await,
         Command::Bench(command) => commands::bench::run(&global, command)
             .await
             .map(|()| ExitCode::SUCCESS),

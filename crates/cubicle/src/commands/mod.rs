@@ -10,6 +10,7 @@ pub(crate) mod sandbox;
 pub(crate) mod snapshot;
 pub(crate) mod template;
 pub(crate) mod up;
+pub(crate) mod volume;
 
 use crate::{
     cli::Global,

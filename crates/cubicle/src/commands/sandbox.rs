@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 
 use super::{copy, exec, lives};
 use crate::{
-    cli::{Global, Sandbox},
+    cli::{Global, Sandbox, VolumeMount},
     client::{Client, SandboxInfo, envd::Command, segment},
     error::Error,
     output,
@@ -22,6 +22,7 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
             timeout,
             env,
             metadata,
+            volumes,
             no_internet,
             auto_pause,
             auto_resume,
@@ -33,6 +34,16 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
                 "metadata": map(metadata),
                 "allow_internet_access": !no_internet,
             });
+            if !volumes.is_empty() {
+                let mount = |mount: VolumeMount| {
+                    json!({
+                        "name": mount.name,
+                        "path": mount.path,
+                        "readOnly": mount.read_only,
+                    })
+                };
+                body["volumeMounts"] = volumes.into_iter().map(mount).collect();
+            }
             if auto_pause {
                 body["autoPause"] = true.into();
                 body["autoResume"] = json!({ "enabled": auto_resume });
