@@ -59,7 +59,13 @@ fn main() {
     println!("{:?}", root.close().unwrap());
 }
 
-async fn publish(store: &Store, tracker: &mut Tracker, source: &Source, base: &Path) -> Snapshot {
+async fn publish(
+    store: &Store,
+    tracker: &mut Tracker,
+    source: &Source,
+    base: &Path,
+    parent: Option<&Snapshot>,
+) -> Snapshot {
     let id = SnapshotId::generate();
     let draft = store
         .begin_snapshot(id.clone(), SnapshotKind::User)
@@ -75,7 +81,10 @@ async fn publish(store: &Store, tracker: &mut Tracker, source: &Source, base: &P
         hypervisor: "none".to_owned(),
         options: Default::default(),
     };
-    let manifest = Manifest::new(id, SnapshotKind::User, vm, "none");
+    let mut manifest = Manifest::new(id, SnapshotKind::User, vm, "none");
+    if let Some(parent) = parent {
+        manifest = manifest.child_of(parent.manifest());
+    }
     let snapshot = draft.publish(manifest).await.unwrap();
     tracker.imaged();
     snapshot
@@ -85,16 +94,19 @@ async fn publish(store: &Store, tracker: &mut Tracker, source: &Source, base: &P
 async fn lineage(store: &Store, base: &Path, dirty: usize, gap: Duration) {
     let mut vm = Vm::start(base);
     let mut tracker = Tracker::new(TierChoice::Auto).unwrap();
-    let mut last = base.to_owned();
+    let mut last: Option<Snapshot> = None;
     let (mut times, mut ids) = (Vec::new(), Vec::new());
     for round in 0..SNAPSHOTS {
         vm.write(dirty, Pattern::Pages, round + 1);
         tokio::time::sleep(gap).await;
         let started = Instant::now();
-        let snapshot = publish(store, &mut tracker, &vm.source, &last).await;
+        let over = last
+            .as_ref()
+            .map_or(base.to_owned(), Snapshot::memory_image);
+        let snapshot = publish(store, &mut tracker, &vm.source, &over, last.as_ref()).await;
         times.push(started.elapsed());
-        last = snapshot.memory_image();
         ids.push(snapshot.id().clone());
+        last = Some(snapshot);
     }
     let ends = [&times[..5], &times[48..53], &times[95..]].map(|part| ms(median(part.to_vec())));
     let started = Instant::now();
@@ -174,7 +186,7 @@ async fn first_restore(store: &Store, base: &Path) {
     for wait in [0, 50, 100, 200, 400] {
         let mut times = Vec::new();
         for _ in 0..5 {
-            let snapshot = publish(store, &mut tracker, &vm.source, base).await;
+            let snapshot = publish(store, &mut tracker, &vm.source, base, None).await;
             tokio::time::sleep(Duration::from_millis(wait)).await;
             times.push(touch(&snapshot.memory_image()));
             store.wait_durable(snapshot.id()).await.unwrap();

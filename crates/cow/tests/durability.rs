@@ -11,7 +11,7 @@ mod common;
 use std::{
     fs::{self, File},
     os::unix::fs::FileExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -183,6 +183,64 @@ async fn after_a_kill_nothing_needs_to_be_read() {
     fs::write(&lock, mark).unwrap();
     let (store, report) = data.open().await;
     assert_eq!((report.usable, report.checking), (1, 0));
+    store.close().await;
+}
+
+/// Bytes of a file that are in the page cache.
+fn cached(path: &Path) -> usize {
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    let file = File::open(path).unwrap();
+    let len = file.metadata().unwrap().len() as usize;
+    let mut pages = vec![0_u8; len / 4096];
+    // SAFETY: a fresh mapping that nobody reads, and a vector with a byte for each of its pages.
+    unsafe {
+        let hint = std::ptr::null_mut();
+        let start = mmap(hint, len, ProtFlags::READ, MapFlags::SHARED, &file, 0).unwrap();
+        assert_eq!(libc::mincore(start, len, pages.as_mut_ptr()), 0);
+        munmap(start, len).unwrap();
+    }
+    pages.iter().filter(|page| **page & 1 != 0).count() * 4096
+}
+
+/// Checksums cost what has changed, not what there is.
+#[tokio::test]
+async fn what_a_child_shares_is_not_read_for_its_checksum() {
+    let data = DataDir::new();
+    let (store, _) = data.open().await;
+    let first = SnapshotId::generate();
+    let parent = publish(&store, &first, 1).await;
+    store.wait_durable(&first).await.unwrap();
+    let clone = |known: bool| {
+        let id = SnapshotId::generate();
+        let draft = store
+            .begin_snapshot(id.clone(), SnapshotKind::User)
+            .unwrap();
+        cubicle_cow::reflink::clone_file(&parent.memory_image(), &draft.memory_image()).unwrap();
+        draft.clone_disk(0, &parent.disk(0)).unwrap();
+        fs::write(draft.device_state(), "state").unwrap();
+        let image = File::options()
+            .write(true)
+            .open(draft.memory_image())
+            .unwrap();
+        image.write_all_at(&[0xEE; 100_000], 1 << 20).unwrap();
+        let mut manifest = manifest(&draft, SnapshotKind::User);
+        if known {
+            manifest = manifest.child_of(parent.manifest());
+        }
+        (id, draft, manifest)
+    };
+    for (known, read) in [(true, 0..1 << 20), (false, 4 << 20..(4 << 20) + 1)] {
+        let (id, draft, manifest) = clone(known);
+        let child = draft.publish(manifest).await.unwrap();
+        store.wait_durable(&id).await.unwrap();
+        let cached = cached(&child.memory_image());
+        assert!(read.contains(&cached), "{cached} bytes were read");
+        // The checksum is that of all the content, whoever it was read from.
+        store.verify(&id).await.unwrap();
+        Damage::Flip(3 << 20, 1).inflict(&child.memory_image());
+        assert!(is_failed(store.verify(&id).await));
+    }
+    store.verify(&first).await.unwrap();
     store.close().await;
 }
 

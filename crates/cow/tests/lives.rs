@@ -24,7 +24,7 @@ use common::{
     model::{self, Model, PAGE, PAGES, Write, base_image, same, writes},
 };
 use cubicle_cow::{
-    DiskShape, SnapshotKind, Store, VolumeName,
+    DiskShape, Manifest, SnapshotKind, Store, VolumeName,
     memory::{SoftDirtyBits, Tier, TierChoice, Tracker, started_from},
 };
 use cubicle_ids::{SandboxId, SnapshotId};
@@ -100,6 +100,8 @@ struct Vm {
     last: Option<File>,
     /// Which snapshot that is.
     imaged_as: Option<SnapshotId>,
+    /// What it was restored from, or captured as last.
+    parent: Option<Arc<Manifest>>,
     name: VolumeName,
     disk: Vec<u8>,
 }
@@ -120,7 +122,13 @@ struct World {
 }
 
 impl World {
-    fn start(&mut self, image: &Path, disk: &Path, content: Vec<u8>) {
+    fn start(
+        &mut self,
+        image: &Path,
+        disk: &Path,
+        content: Vec<u8>,
+        parent: Option<Arc<Manifest>>,
+    ) {
         // The old VM runs until the new one does.
         self.generation += 1;
         let name = VolumeName::new(self.sandbox.clone(), self.generation, 0);
@@ -136,6 +144,7 @@ impl World {
             bits,
             last: None,
             imaged_as: None,
+            parent,
             name,
             disk: content,
         });
@@ -176,7 +185,8 @@ impl World {
                 let taken = &self.taken[pick % self.taken.len()];
                 let snapshot = self.store.snapshot(&taken.id).unwrap();
                 let disk = taken.disk.clone();
-                self.start(&snapshot.memory_image(), &snapshot.disk(0), disk);
+                let parent = Some(snapshot.manifest().clone());
+                self.start(&snapshot.memory_image(), &snapshot.disk(0), disk, parent);
             }
             Step::Delete(pick) if !self.taken.is_empty() => {
                 let taken = self.taken.swap_remove(pick % self.taken.len());
@@ -230,7 +240,11 @@ impl World {
             size: DISK as u64,
             read_only: false,
         }];
+        if let Some(parent) = &vm.parent {
+            manifest = manifest.child_of(parent);
+        }
         let snapshot = draft.publish(manifest).await.unwrap();
+        vm.parent = Some(snapshot.manifest().clone());
         vm.tracker.imaged();
         vm.imaged_as = Some(id.clone());
         vm.last = Some(File::open(snapshot.memory_image()).unwrap());
@@ -281,7 +295,7 @@ async fn lives(how: How, steps: Vec<Step>) {
         generation: 0,
         sandbox: SandboxId::generate(),
     };
-    world.start(&image, &disk, content);
+    world.start(&image, &disk, content, None);
     let half = steps.len() / 2;
     for (index, step) in steps.into_iter().enumerate() {
         if index == half {

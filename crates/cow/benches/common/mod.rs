@@ -48,7 +48,7 @@ pub fn ms(time: Duration) -> f64 {
 }
 
 pub fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = vec![0; len];
     for word in bytes.chunks_exact_mut(8) {
         state ^= state << 13;

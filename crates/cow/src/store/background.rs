@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    flush::{Check, Done, Flush, Job, begin_write_back, work},
+    flush::{Check, Done, Flush, Job, Known, begin_write_back, work},
     snapshot::MEMORY,
     warm,
     worker::Worker,
@@ -32,8 +32,9 @@ pub(super) struct Published {
 impl Background {
     /// Starts the threads; `done` is called for every job that was not cut short.
     pub(super) fn start(done: impl Fn(Done) + Send + 'static) -> io::Result<Self> {
+        let mut known = Known::default();
         let flusher = Worker::start("snapshot-flush", move |job, stop| {
-            if let Some(outcome) = work(job, stop) {
+            if let Some(outcome) = work(job, &mut known, stop) {
                 done(outcome);
             }
         })?;

@@ -284,6 +284,12 @@ impl Store {
             id: manifest.id.clone(),
             dir: self.snapshot_dir(&manifest.id),
             parts: parts.collect(),
+            lineage: manifest
+                .parent
+                .iter()
+                .chain(&manifest.lineage)
+                .cloned()
+                .collect(),
         };
         self.inner
             .background
