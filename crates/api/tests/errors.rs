@@ -66,7 +66,17 @@ async fn refused_creates() {
             with("metadata", json!({long.as_str(): "v"})),
         ),
         ("long metadata value", with("metadata", json!({"k": long}))),
-        ("host mount", with("metadata", json!({"host-mount": "[]"}))),
+        (
+            "host mount of what is not allowed",
+            with(
+                "metadata",
+                json!({"host-mount": r#"[{"hostPath": "/etc", "mountPath": "/m"}]"#}),
+            ),
+        ),
+        (
+            "host mount that is no list",
+            with("metadata", json!({"host-mount": "/etc"})),
+        ),
         ("env of a wrong type", with("envVars", json!(["A=b"]))),
         ("env without a name", with("envVars", json!({"": "b"}))),
         (
