@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ CLIENTS = Path(__file__).parent / "clients"
 # Kept between runs: the template is built once for as long as its inputs do not change.
 DATA_DIR = Path(os.environ.get("CUBICLE_TEST_DATA_DIR", "/var/lib/cubicle-test"))
 CACHE = Path(os.environ.get("CUBICLE_TEST_CACHE", Path.home() / ".cache/cubicle-test"))
+# What sandboxes may mount of this machine.
+SHARED = Path(tempfile.gettempdir()) / f"cubicle-shared-{os.getpid()}"
 READY_WITHIN = 900  # seconds; the first start builds the template
 
 
@@ -119,9 +122,11 @@ def require_machine() -> None:
 @pytest.fixture(scope="session")
 def server():
     require_machine()
-    server = Server(DATA_DIR, free_port()).start()
+    SHARED.mkdir(exist_ok=True)
+    server = Server(DATA_DIR, free_port(), ["--host-mount-allow", str(SHARED)]).start()
     yield server
     server.stop()
+    shutil.rmtree(SHARED)
 
 
 @pytest.fixture
