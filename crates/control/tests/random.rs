@@ -7,10 +7,11 @@ mod common;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
-use common::{Plane, eventually, failed, request};
+use common::{Plane, Remains, eventually, failed, request};
 use cubicle_control::{
     Error,
     fleet::{FreezeKind, memory::Step},
@@ -20,7 +21,7 @@ use cubicle_control::{
     },
     snapshot::{CreateSnapshot, SnapshotQuery, SnapshotState, Snapshots},
 };
-use cubicle_ids::SandboxId;
+use cubicle_ids::{SandboxId, SnapshotId};
 use proptest::prelude::*;
 
 const MINUTE: Lifetime = Lifetime::For(Duration::from_secs(60));
@@ -311,9 +312,140 @@ async fn run(asks: Vec<(Ask, bool)>) {
     plane.silence().await;
 }
 
+/// What was promised to clients, and what they asked to be taken away.
+#[derive(Debug, Default)]
+struct Ledger {
+    sandboxes: BTreeSet<SandboxId>,
+    snapshots: BTreeSet<SnapshotId>,
+    paused: BTreeSet<SandboxId>,
+    /// Those that somebody wanted to be awake, before or after they were paused.
+    woken: BTreeSet<SandboxId>,
+    given_up: BTreeSet<String>,
+}
+
+type SharedLedger = Arc<Mutex<Ledger>>;
+
+/// Does one thing to a random sandbox, and notes what was promised before anything else is done.
+async fn promise(ask: Ask, sandboxes: Sandboxes, snapshots: Snapshots, ledger: SharedLedger) {
+    let note = || ledger.lock().expect("no panic while it is held");
+    let pick = |n: usize| {
+        let known: Vec<_> = note().sandboxes.iter().cloned().collect();
+        (!known.is_empty()).then(|| known[n % known.len()].clone())
+    };
+    match ask {
+        Ask::Create { .. } => {
+            if let Ok(made) = sandboxes.create(request("base")).await {
+                note().sandboxes.insert(made.sandbox.id.clone());
+            }
+        }
+        Ask::Kill { sandbox } | Ask::Crash { sandbox } => {
+            if let Some(id) = pick(sandbox) {
+                note().given_up.insert(id.to_string());
+                let _ = sandboxes.kill(&id).await;
+            }
+        }
+        Ask::Snapshot { sandbox, .. } => {
+            if let Some(id) = pick(sandbox)
+                && let Ok(made) = snapshots.create(&id, CreateSnapshot::default()).await
+            {
+                note().snapshots.insert(made.snapshot.id);
+            }
+        }
+        Ask::Delete { snapshot } => {
+            let known: Vec<_> = note().snapshots.iter().cloned().collect();
+            if !known.is_empty() {
+                let id = known[snapshot % known.len()].to_string();
+                note().given_up.insert(id.clone());
+                let _ = snapshots.delete(&id).await;
+            }
+        }
+        Ask::Pause { sandbox, .. } => {
+            if let Some(id) = pick(sandbox)
+                && sandboxes.pause(&id, PauseSandbox::default()).await.is_ok()
+            {
+                note().paused.insert(id);
+            }
+        }
+        Ask::Connect { sandbox } | Ask::Wake { sandbox } => {
+            if let Some(id) = pick(sandbox) {
+                note().woken.insert(id.clone());
+                let _ = sandboxes.connect(&id, MINUTE).await;
+            }
+        }
+        Ask::Rollback { sandbox, .. } => {
+            if let Some(id) = pick(sandbox) {
+                let _ = sandboxes.rollback(&id, "base").await;
+            }
+        }
+        Ask::Fork { sandbox, count } => {
+            let order = ForkSandbox {
+                count,
+                lifetime: MINUTE,
+            };
+            if let Some(id) = pick(sandbox)
+                && let Ok(forked) = sandboxes.fork(&id, order).await
+            {
+                let born = forked.children.into_iter().flatten();
+                note().sandboxes.extend(born.map(|child| child.id.clone()));
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Asks for all of it at once and kills the server after a while.
+fn run_until_killed(asks: Vec<Ask>, after: Duration) -> (Remains, Ledger) {
+    let runtime = runtime();
+    let ledger = SharedLedger::default();
+    let remains = runtime.block_on(async {
+        let plane = Plane::new().await;
+        for step in Step::ALL {
+            plane.fleet.takes(step, Duration::from_millis(2));
+        }
+        for ask in asks {
+            let (sandboxes, snapshots) = (
+                plane.control.sandboxes.clone(),
+                plane.control.snapshots.clone(),
+            );
+            tokio::spawn(promise(ask, sandboxes, snapshots, Arc::clone(&ledger)));
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(after).await;
+        plane.remains()
+    });
+    drop(runtime);
+    let ledger = std::mem::take(&mut *ledger.lock().expect("nobody holds it"));
+    // A statement that was under way ends in a thread of its own.
+    std::thread::sleep(Duration::from_millis(20));
+    (remains, ledger)
+}
+
+async fn promises_are_kept(plane: &Plane, ledger: &Ledger) {
+    let all = by_id(plane);
+    let kept = |id: &str| !ledger.given_up.contains(id);
+    for id in ledger.sandboxes.iter().filter(|id| kept(id.as_str())) {
+        assert!(all.contains_key(id), "sandbox {id} was promised");
+    }
+    let asleep = ledger.paused.difference(&ledger.woken);
+    for id in asleep.filter(|id| kept(id.as_str())) {
+        assert_eq!(all[id].state, State::Paused, "{id} was paused");
+    }
+    for id in ledger.snapshots.iter().filter(|id| kept(id.as_str())) {
+        let found = plane.control.snapshots.get(id.as_str()).await;
+        assert_eq!(found.expect("it was promised").state, SnapshotState::Ready);
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("runtime")
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 40,
+        cases: 30,
         max_shrink_iters: 200,
         failure_persistence: None,
         ..ProptestConfig::default()
@@ -321,10 +453,20 @@ proptest! {
 
     #[test]
     fn memory_record_and_fleet_agree(asks in prop::collection::vec((ask(), any::<bool>()), 1..60)) {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("runtime")
-            .block_on(run(asks));
+        runtime().block_on(run(asks));
+    }
+
+    #[test]
+    fn a_server_that_is_killed_keeps_its_promises_and_nothing_else(
+        asks in prop::collection::vec(ask(), 1..40),
+        after in 0u64..15,
+    ) {
+        let (remains, ledger) = run_until_killed(asks, Duration::from_millis(after));
+        runtime().block_on(async {
+            let plane = remains.start().await;
+            promises_are_kept(&plane, &ledger).await;
+            agree(&plane).await;
+            promises_are_kept(&plane, &ledger).await;
+        });
     }
 }
