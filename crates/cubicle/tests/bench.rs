@@ -100,6 +100,30 @@ async fn people_get_tables_and_peers_that_are_missing_are_said_to_be() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_saved_report_becomes_a_page() {
+    let server = Server::start().await;
+    let output = server
+        .run("--json bench pause -n 1 --warm-up 0 --dirty 0 -c 1")
+        .await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pause.json");
+    std::fs::write(&file, Server::ok(output)).unwrap();
+    let page = Server::ok(server.run(&format!("bench page {}", file.display())).await);
+    assert!(page.starts_with("# How fast"), "{page}");
+    assert!(
+        page.contains("## pause\n") && page.contains("| 0 MB | 1 | 1 |"),
+        "{page}"
+    );
+    std::fs::write(&file, "{}").unwrap();
+    let broken = server.run(&format!("bench page {}", file.display())).await;
+    let said = String::from_utf8_lossy(&broken.stderr).into_owned();
+    assert!(
+        said.contains("pause.json") && said.contains("missing field"),
+        "{said}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_benchmark_that_fails_kills_what_it_made() {
     let server = Server::start().await;
     for (operation, step) in [

@@ -1,5 +1,7 @@
 //! What `cubicle bench` understands.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 #[derive(Debug, Subcommand)]
@@ -17,6 +19,12 @@ pub(crate) enum Bench {
     Rollback(BenchMatrix),
     /// Pause sandboxes and resume them
     Pause(BenchMatrix),
+    /// Print a page in Markdown from reports of these, saved with --json
+    Page {
+        /// The reports, in the order of the page
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -9,6 +9,7 @@ mod guest;
 mod machine;
 mod matrix;
 mod operations;
+mod page;
 mod peers;
 mod report;
 mod summary;
@@ -25,5 +26,6 @@ pub(crate) async fn run(global: &Global, command: Bench) -> Result<(), Error> {
         Bench::Clone(options) => matrix::run(global, options, operations::Clone).await,
         Bench::Rollback(options) => matrix::run(global, options, operations::Rollback).await,
         Bench::Pause(options) => matrix::run(global, options, operations::Pause).await,
+        Bench::Page { files } => page::print(&files),
     }
 }

@@ -52,7 +52,7 @@ pub(super) async fn run<O: Operation>(
     if global.json {
         output::print_json(&report);
     } else {
-        report.print::<O>();
+        report.print();
     }
     Ok(())
 }

@@ -76,6 +76,19 @@ pub(super) trait Operation {
     ) -> Result<(), Error>;
 }
 
+/// The values of an operation that a table shows, by its name.
+pub(super) fn shown(operation: &str) -> &'static [(&'static str, &'static str)] {
+    [
+        (Snapshot::NAME, Snapshot::SHOWN),
+        (Clone::NAME, Clone::SHOWN),
+        (Rollback::NAME, Rollback::SHOWN),
+        (Pause::NAME, Pause::SHOWN),
+    ]
+    .into_iter()
+    .find_map(|(name, shown)| (name == operation).then_some(shown))
+    .unwrap_or_default()
+}
+
 /// Take a snapshot; create a sandbox from it.
 pub(super) struct Snapshot;
 

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::process::Command;
 
@@ -45,18 +45,18 @@ struct Times {
 }
 
 /// All peers beside ourselves.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Peers {
-    workload: &'static str,
+    pub(super) workload: String,
     measured: Vec<Peer>,
 }
 
 /// One of them.
-#[derive(Debug, Default, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 struct Peer {
-    name: &'static str,
+    name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     version: Option<String>,
     /// Why there are no numbers.
@@ -74,18 +74,18 @@ struct Peer {
 }
 
 impl Peer {
-    fn missing(name: &'static str, why: impl Into<String>) -> Self {
+    fn missing(name: &str, why: impl Into<String>) -> Self {
         Self {
-            name,
+            name: name.to_owned(),
             missing: Some(why.into()),
             ..Self::default()
         }
     }
 
-    fn of(name: &'static str, version: Option<String>, outcome: Result<Times, String>) -> Self {
+    fn of(name: &str, version: Option<String>, outcome: Result<Times, String>) -> Self {
         match outcome {
             Ok(times) => Self {
-                name,
+                name: name.to_owned(),
                 version,
                 checkpoint_ms: Summary::of(times.checkpoint),
                 restore_ms: Summary::of(times.restore),
@@ -143,7 +143,7 @@ impl Peers {
             peer.restore_ratio = over(p50(&peer.restore_ms), restore);
         }
         Self {
-            workload: "a Python program that holds 20 MB",
+            workload: "a Python program that holds 20 MB".to_owned(),
             measured,
         }
     }
@@ -153,11 +153,11 @@ impl Peers {
         output::print_table(&self.table());
     }
 
-    fn table(&self) -> comfy_table::Table {
+    pub(super) fn table(&self) -> comfy_table::Table {
         let mut table = output::table(&["", "CHECKPOINT", "OVER OURS", "RESTORE", "OVER OURS"]);
         for peer in &self.measured {
             if let Some(why) = &peer.missing {
-                table.add_row([peer.name, why.as_str()]);
+                table.add_row([&peer.name, why]);
                 continue;
             }
             let ms = |summary: &Option<Summary>| match summary {
@@ -169,7 +169,7 @@ impl Peers {
                 None => String::new(),
             };
             table.add_row([
-                peer.name.to_owned(),
+                peer.name.clone(),
                 ms(&peer.checkpoint_ms),
                 ratio(peer.checkpoint_ratio),
                 ms(&peer.restore_ms),

@@ -2,27 +2,32 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{machine::machine_line, operations::Operation, peers::Peers, summary::Summary};
+use super::{
+    machine::machine_line,
+    operations::{Operation, shown},
+    peers::Peers,
+    summary::Summary,
+};
 use crate::{cli::BenchMatrix, output};
 
 /// A whole run.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Report {
-    bench: &'static str,
-    template: String,
+    pub(super) bench: String,
+    pub(super) template: String,
     /// The machine and the server, in the server's own words.
-    server: Value,
+    pub(super) server: Value,
     pub(super) cells: Vec<Cell>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) peers: Option<Peers>,
 }
 
 /// One combination of dirty memory and concurrency.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Cell {
     /// MB (10^6 bytes) of memory that were written before each operation.
@@ -35,10 +40,10 @@ pub(super) struct Cell {
     pub(super) values: BTreeMap<String, Summary>,
     pub(super) phases_ms: BTreeMap<String, Summary>,
     /// How often the memory was taken in which way.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) tiers: BTreeMap<String, usize>,
     /// Why it was not measured.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) skipped: Option<String>,
 }
 
@@ -59,7 +64,7 @@ impl Cell {
 impl Report {
     pub(super) fn new<O: Operation>(options: &BenchMatrix, server: Value) -> Self {
         Self {
-            bench: O::NAME,
+            bench: O::NAME.to_owned(),
             template: options.template.clone(),
             server,
             cells: Vec::new(),
@@ -67,23 +72,19 @@ impl Report {
         }
     }
 
-    pub(super) fn print<O: Operation>(&self) {
+    pub(super) fn print(&self) {
         println!("{}", machine_line(&self.server));
         println!(
             "{} of sandboxes from `{}`; p50 / p95 / max\n",
-            O::NAME,
-            self.template
+            self.bench, self.template
         );
-        output::print_table(&self.values::<O>());
+        output::print_table(&self.values());
         if let Some(phases) = self.phases() {
             println!("\nphases, p50 in ms, one at a time");
             output::print_table(&phases);
         }
-        for cell in &self.cells {
-            if let Some(why) = &cell.skipped {
-                let (dirty, concurrency) = (cell.dirty_mb, cell.concurrency);
-                println!("\n{dirty} MB with {concurrency} at once was left out: {why}");
-            }
+        for line in self.left_out() {
+            println!("\n{line}");
         }
         if let Some(peers) = &self.peers {
             println!();
@@ -91,9 +92,11 @@ impl Report {
         }
     }
 
-    fn values<O: Operation>(&self) -> comfy_table::Table {
+    /// What was measured, a row for each combination.
+    pub(super) fn values(&self) -> comfy_table::Table {
+        let shown = shown(&self.bench);
         let mut header = vec!["DIRTY", "AT ONCE", "N"];
-        header.extend(O::SHOWN.iter().map(|(_, title)| *title));
+        header.extend(shown.iter().map(|(_, title)| *title));
         header.extend(["ALL TOGETHER", "TIER"]);
         let mut table = output::table(&header);
         for cell in self.cells.iter().filter(|cell| cell.skipped.is_none()) {
@@ -102,7 +105,7 @@ impl Report {
                 cell.concurrency.to_string(),
                 cell.n.to_string(),
             ];
-            let names = O::SHOWN.iter().map(|(name, _)| *name).chain(["wallMs"]);
+            let names = shown.iter().map(|(name, _)| *name).chain(["wallMs"]);
             row.extend(names.map(|name| show(name, cell.values.get(name))));
             let tiers: Vec<&str> = cell.tiers.keys().map(String::as_str).collect();
             row.push(tiers.join(", "));
@@ -111,8 +114,20 @@ impl Report {
         table
     }
 
+    /// What was left out, and why.
+    pub(super) fn left_out(&self) -> Vec<String> {
+        let why = |cell: &Cell| {
+            let (dirty, concurrency) = (cell.dirty_mb, cell.concurrency);
+            let why = cell.skipped.as_ref()?;
+            Some(format!(
+                "{dirty} MB with {concurrency} at once was left out: {why}"
+            ))
+        };
+        self.cells.iter().filter_map(why).collect()
+    }
+
     /// The medians of the phases for each size, where one operation runs at a time.
-    fn phases(&self) -> Option<comfy_table::Table> {
+    pub(super) fn phases(&self) -> Option<comfy_table::Table> {
         let alone: Vec<&Cell> = self
             .cells
             .iter()
@@ -158,7 +173,7 @@ fn show(name: &str, summary: Option<&Summary>) -> String {
 mod tests {
     use serde_json::json;
 
-    use super::{super::operations::Snapshot, *};
+    use super::*;
 
     #[test]
     fn a_report_for_people() {
@@ -188,7 +203,7 @@ mod tests {
             skipped: None,
         };
         let report = Report {
-            bench: "snapshot",
+            bench: "snapshot".into(),
             template: "base".into(),
             server: json!({"version": "0.1.0"}),
             cells: vec![cell, Cell::skipped(500, 1, "no room".into())],
@@ -202,7 +217,7 @@ mod tests {
         };
         let tables = format!(
             "{}\n{}",
-            text(&report.values::<Snapshot>()),
+            text(&report.values()),
             text(&report.phases().expect("phases"))
         );
         insta::assert_snapshot!(tables);
