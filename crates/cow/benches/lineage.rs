@@ -50,10 +50,15 @@ fn main() {
     file.write_all_at(&noise(BASE, 5), 0).unwrap();
     file.sync_all().unwrap();
     drop(file);
-    for (dirty, gap) in [(4, 0), (4, 100), (16, 0)] {
-        runtime.block_on(lineage(&store, &base, dirty, Duration::from_millis(gap)));
-    }
     runtime.block_on(first_restore(&store, &base));
+    for (dirty, pattern, gap) in [
+        (10, Pattern::Runs, 0),
+        (10, Pattern::Runs, 100),
+        (2, Pattern::Pages, 0),
+    ] {
+        let gap = Duration::from_millis(gap);
+        runtime.block_on(lineage(&store, &base, dirty, pattern, gap));
+    }
     runtime.block_on(store.close());
     drop(runtime);
     println!("{:?}", root.close().unwrap());
@@ -91,13 +96,13 @@ async fn publish(
 }
 
 /// Snapshots in a row, `dirty` MB written before each, each over the one before.
-async fn lineage(store: &Store, base: &Path, dirty: usize, gap: Duration) {
+async fn lineage(store: &Store, base: &Path, dirty: usize, pattern: Pattern, gap: Duration) {
     let mut vm = Vm::start(base);
     let mut tracker = Tracker::new(TierChoice::Auto).unwrap();
     let mut last: Option<Snapshot> = None;
     let (mut times, mut ids) = (Vec::new(), Vec::new());
     for round in 0..SNAPSHOTS {
-        vm.write(dirty, Pattern::Pages, round + 1);
+        vm.write(dirty, pattern, round + 1);
         tokio::time::sleep(gap).await;
         let started = Instant::now();
         let over = last
@@ -121,7 +126,7 @@ async fn lineage(store: &Store, base: &Path, dirty: usize, gap: Duration) {
         (started.elapsed(), own)
     });
     println!(
-        "{SNAPSHOTS} snapshots, {dirty} MB in single pages before each, {} ms between them: the 1st {:.1} ms, the \
+        "{SNAPSHOTS} snapshots, {dirty} MB in {pattern:?} before each, {} ms between them: the 1st {:.1} ms, the \
          50th {:.1}, the 100th {:.1} (x{:.2}); all durable {:.0} ms after the last; sizes of all {:.1} ms \
          ({} MB own), again {:.3} ms",
         gap.as_millis(),
