@@ -45,7 +45,8 @@ pub(super) async fn sample_all(inner: Arc<Inner>) {
 
 async fn sample(inner: &Inner, entry: &Entry) {
     let sandbox = entry.sandbox();
-    if sandbox.state != State::Running {
+    // What is being frozen or replaced has other things to do, and answers late or not at all.
+    if sandbox.state != State::Running || entry.slot.current().is_some() {
         return;
     }
     match tokio::time::timeout(PATIENCE, inner.fleet.usage(&sandbox.id)).await {
