@@ -123,6 +123,14 @@ impl Proxy {
         sandbox: SandboxRoute,
     ) -> Result<SandboxRoute, Reply> {
         let metrics = &self.inner.metrics;
+        let sandbox = if sandbox.availability == Availability::Busy {
+            // A freeze or a restore: a fraction of a second.
+            let settled = self.inner.routes.settled(id);
+            let _ = tokio::time::timeout(WAKE_PATIENCE, settled).await;
+            self.present(id)?
+        } else {
+            sandbox
+        };
         match sandbox.availability {
             Availability::Running => return Ok(sandbox),
             Availability::Asleep => {}

@@ -9,7 +9,7 @@ use crate::route::SignedFile;
 pub enum Availability {
     /// It runs.
     Running,
-    /// It is on its way between two states; a client may try again.
+    /// It is on its way between two states, and will be in one of them in a moment.
     Busy,
     /// It is paused, and a request wakes it.
     Asleep,
@@ -80,6 +80,9 @@ pub trait Routes: Send + Sync + 'static {
 
     /// The sandbox whose token made this signature.
     fn find_by_signature(&self, file: &SignedFile) -> Option<SandboxId>;
+
+    /// Returns once a sandbox is not [`Availability::Busy`] any more.
+    async fn settled(&self, _id: &SandboxId) {}
 
     /// Resumes a sandbox that is [`Availability::Asleep`]; returns once it runs. Many requests may
     /// ask at the same time.

@@ -95,6 +95,29 @@ impl Sandboxes {
         }
         Ok(awake.connected.sandbox)
     }
+
+    /// Waits while a sandbox is on its way between two states; returns it as it is then.
+    ///
+    /// # Errors
+    /// [`Error::SandboxNotFound`].
+    pub async fn settled(&self, id: &SandboxId) -> Result<Arc<Sandbox>> {
+        let entry = self.inner.visible(id)?;
+        loop {
+            let sandbox = entry.sandbox();
+            match sandbox.state {
+                State::Creating | State::Pausing | State::Resuming => {}
+                State::Running | State::Paused => return Ok(sandbox),
+                State::Killing | State::Dead => {
+                    return Err(Error::SandboxNotFound { id: id.clone() });
+                }
+            }
+            match entry.slot.current() {
+                Some(ongoing) => ongoing.made_room().await,
+                // It has just ended; the state says how.
+                None => tokio::task::yield_now().await,
+            }
+        }
+    }
 }
 
 /// Whether traffic may wake a paused sandbox.

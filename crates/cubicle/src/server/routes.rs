@@ -64,6 +64,12 @@ impl Routes for SandboxRoutes {
         });
         signed.map(|sandbox| sandbox.id.clone())
     }
+
+    async fn settled(&self, id: &SandboxId) {
+        // What became of it, the next lookup says.
+        let _ = self.control.sandboxes.settled(id).await;
+    }
+
     async fn wake(&self, id: &SandboxId) -> Result<(), NotWoken> {
         match self.control.sandboxes.wake(id).await {
             Ok(_) => Ok(()),
