@@ -23,6 +23,7 @@ async fn a_session() {
         format!("sandbox rollback {id}"),
         format!("sandbox clone {id} -n 2"),
         format!("sandbox pause {id}"),
+        "sandbox ls".to_owned(),
         format!("sandbox resume {id} -t 7200"),
         format!("sandbox connect {id}"),
         "snapshot verify --all".to_owned(),

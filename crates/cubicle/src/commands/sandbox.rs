@@ -158,13 +158,23 @@ fn print_list(sandboxes: &[SandboxInfo]) {
                 .unwrap_or_else(|| sandbox.template_id.clone()),
             sandbox.state.clone(),
             output::span((now - sandbox.started_at).whole_seconds()),
-            output::span((sandbox.end_at - now).whole_seconds()),
+            left(sandbox.end_at - now),
             sandbox.cpu_count.to_string(),
             format!("{} MiB", sandbox.memory_mb),
             metadata.join(","),
         ]);
     }
     output::print_table(&table);
+}
+
+/// How long a sandbox lives. The server says the end of the calendar where it means never, as for a
+/// sandbox that is paused.
+fn left(span: time::Duration) -> String {
+    if span > time::Duration::days(365_000) {
+        "-".to_owned()
+    } else {
+        output::span(span.whole_seconds())
+    }
 }
 
 async fn logs(client: &Client, id: &str, follow: bool, json: bool) -> Result<(), Error> {
@@ -248,4 +258,16 @@ async fn kill(
     } else {
         ExitCode::FAILURE
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_end_has_no_time_left() {
+        let end = time::macros::datetime!(9999-12-31 23:59:59 UTC);
+        assert_eq!(left(end - OffsetDateTime::now_utc()), "-");
+        assert_eq!(left(time::Duration::minutes(5)), "5m00s");
+    }
 }

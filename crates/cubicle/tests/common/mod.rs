@@ -157,7 +157,7 @@ pub fn filters() -> insta::Settings {
     settings.add_filter(r"[0-9.]+ m?s in all", "<some> ms in all");
     settings.add_filter(r"rolled back in [0-9.]+ m?s", "rolled back in <some> ms");
     settings.add_filter(r"http://127.0.0.1:\d+", "<server>");
-    settings.add_filter(r"\b\d+s\b", "<age>");
+    settings.add_filter(r"\b(\d+m)?\d+s\b", "<age>");
     settings
 }
 
