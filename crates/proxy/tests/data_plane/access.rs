@@ -79,6 +79,7 @@ async fn what_goes_wrong_is_said_as_clients_expect_it() {
         .header("Host", "0-i0.example");
     assert_eq!(bad.send().await.unwrap().status(), 400);
 
+    front.world.becomes.send_replace(Some(Availability::Busy));
     front.world.change(&id, |sandbox| {
         sandbox.route.availability = Availability::Busy
     });

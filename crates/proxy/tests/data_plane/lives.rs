@@ -307,3 +307,39 @@ async fn why_a_sandbox_did_not_wake_is_said_as_clients_expect_it() {
         "The sandbox was not found"
     );
 }
+
+#[tokio::test]
+async fn a_request_waits_for_a_sandbox_that_is_between_two_states() {
+    let front = Front::start().await;
+    let id = front.world.add(envd());
+    for (becomes, status) in [
+        (Availability::Running, 200),
+        (Availability::Asleep, 200),
+        (Availability::Away, 502),
+    ] {
+        front.world.becomes.send_replace(None);
+        front.world.change(&id, |sandbox| {
+            sandbox.route.availability = Availability::Busy;
+        });
+        let request = front.get(Way::Headers, &id, ENVD, "/health");
+        let mut answer = tokio::spawn(request.send());
+        let early = tokio::time::timeout(Duration::from_millis(100), &mut answer).await;
+        assert!(early.is_err(), "it does not wait");
+        front.world.becomes.send_replace(Some(becomes));
+        let response = tokio::time::timeout(SOON, answer).await;
+        assert_eq!(
+            response.unwrap().unwrap().unwrap().status(),
+            status,
+            "{becomes:?}"
+        );
+    }
+    // One that never gets anywhere is said to be busy.
+    front.world.becomes.send_replace(Some(Availability::Busy));
+    front.world.change(&id, |sandbox| {
+        sandbox.route.availability = Availability::Busy;
+    });
+    let request = front.get(Way::Headers, &id, ENVD, "/health");
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), 409);
+    assert_eq!(response.headers()["retry-after"], "1");
+}

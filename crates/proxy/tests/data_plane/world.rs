@@ -32,6 +32,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
+    sync::watch,
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
@@ -53,6 +54,8 @@ pub(crate) struct World {
     pub(crate) connections: AtomicUsize,
     /// How long a sandbox takes to wake up, and whether it does.
     pub(crate) wakes: Mutex<Wakes>,
+    /// What a busy sandbox becomes, once that is known.
+    pub(crate) becomes: watch::Sender<Option<Availability>>,
 }
 
 /// What happens when a request asks for a paused sandbox.
@@ -146,6 +149,19 @@ impl Routes for World {
             .iter()
             .find(|(_, sandbox)| sandbox.signature.as_ref() == Some(file));
         found.map(|(id, _)| id.clone())
+    }
+
+    async fn settled(&self, id: &SandboxId) {
+        let mut becomes = self.becomes.subscribe();
+        // Without anybody who settles it, it stays as it is.
+        let Ok(availability) = becomes.wait_for(Option::is_some).await.map(|seen| *seen) else {
+            return;
+        };
+        self.change(id, |sandbox| {
+            if let Some(availability) = availability {
+                sandbox.route.availability = availability;
+            }
+        });
     }
 
     async fn wake(&self, id: &SandboxId) -> Result<(), NotWoken> {
