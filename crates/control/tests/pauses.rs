@@ -338,6 +338,30 @@ async fn one_thing_at_a_time() {
 }
 
 #[tokio::test]
+async fn who_waits_for_it_to_come_to_rest_learns_where() {
+    let plane = Plane::new().await;
+    let sandboxes = &plane.control.sandboxes;
+    let sandbox = plane.sandbox().await;
+    let id = &sandbox.id;
+    let at_rest = sandboxes.settled(id).await.expect("it runs");
+    assert_eq!(at_rest.state, State::Running);
+    plane.fleet.takes(Step::Freeze, Duration::from_millis(30));
+    plane.fleet.takes(Step::Resume, Duration::from_millis(30));
+    let later = async |step| {
+        eventually("the step", || plane.fleet.reached(step) == 1).await;
+        sandboxes.settled(id).await
+    };
+    let (paused, at_rest) = tokio::join!(sandboxes.pause(id, FULL), later(Step::Freeze));
+    paused.expect("pause");
+    assert_eq!(at_rest.expect("it sleeps").state, State::Paused);
+    let (resumed, at_rest) = tokio::join!(sandboxes.connect(id, MINUTE), later(Step::Resume));
+    resumed.expect("resume");
+    assert_eq!(at_rest.expect("it runs").state, State::Running);
+    sandboxes.kill(id).await.expect("kill");
+    is_gone(sandboxes.settled(id).await);
+}
+
+#[tokio::test]
 async fn a_client_that_goes_away_interrupts_nothing() {
     let plane = Plane::new().await;
     let sandboxes = &plane.control.sandboxes;

@@ -5,7 +5,7 @@ mod common;
 
 use std::{fs, path::Path};
 
-use common::{Plane, request};
+use common::{Plane, eventually, request};
 use cubicle_control::{
     Error,
     sandbox::{CreateSandbox, ForkSandbox, Lifetime},
@@ -60,8 +60,8 @@ async fn volumes_are_made_found_and_deleted_with_all_that_is_in_them() {
         assert!(matches!(error, Error::Invalid { .. }), "{bad}: {error}");
     }
     let root = plane.dir.path().join("volumes-data");
-    let kept = fs::read_dir(&root).expect("list").count();
-    assert_eq!(kept, 2, "what failed left no directory");
+    let kept = || fs::read_dir(&root).expect("list").count();
+    eventually("the end of the directories of what failed", || kept() == 2).await;
 
     fs::write(root.join(&data.id).join("file"), "content").expect("write");
     volumes.delete("data").await.expect("delete");

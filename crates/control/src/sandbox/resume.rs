@@ -102,6 +102,7 @@ impl Sandboxes {
     /// [`Error::SandboxNotFound`].
     pub async fn settled(&self, id: &SandboxId) -> Result<Arc<Sandbox>> {
         let entry = self.inner.visible(id)?;
+        let mut looked_again = 0;
         loop {
             let sandbox = entry.sandbox();
             match sandbox.state {
@@ -113,8 +114,12 @@ impl Sandboxes {
             }
             match entry.slot.current() {
                 Some(ongoing) => ongoing.made_room().await,
-                // It has just ended; the state says how.
-                None => tokio::task::yield_now().await,
+                // It has just ended, and the state says how; unless whoever did it has died of it.
+                None if looked_again == LOOK_AGAIN => return Ok(sandbox),
+                None => {
+                    looked_again += 1;
+                    tokio::task::yield_now().await;
+                }
             }
         }
     }
