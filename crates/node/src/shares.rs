@@ -17,7 +17,7 @@ use cubicle_protocol::{
     guest_api::{InitRequest, Mount},
     share::SHARES_PATH,
 };
-use cubicle_share::{Access, Share, Workers};
+use cubicle_share::{Access, Outgoing, Share, Workers};
 use futures::{StreamExt as _, future, stream};
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyDataStream, BodyExt as _, StreamBody};
@@ -29,15 +29,12 @@ use tokio::sync::mpsc;
 
 use crate::{
     error::{Error, Result},
-    link::Outgoing,
+    link,
     node::blocking,
 };
 
 /// Threads that all sandboxes of this node have for their files together.
 const WORKERS: NonZeroUsize = NonZeroUsize::new(32).unwrap();
-
-/// Replies that wait for the guest to take them, besides those in the stream's window.
-const REPLIES: usize = 4;
 
 /// Pause after a share's stream has ended in the middle of a life, which no sane guest makes it do.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -80,7 +77,7 @@ impl Shares {
     /// Serves all of them on a connection, until that ends or this is dropped.
     pub(crate) fn serve(
         &self,
-        connection: &SendRequest<Outgoing>,
+        connection: &SendRequest<link::Outgoing>,
     ) -> impl Future<Output = ()> + Send + 'static {
         let each = self.shares.iter().map(|(tag, share)| {
             let (tag, share, connection) = (tag.clone(), share.clone(), connection.clone());
@@ -104,13 +101,14 @@ impl Shares {
 
 /// One stream of a share, from its beginning to its end; the error says why it ended.
 async fn serve_one(
-    mut connection: SendRequest<Outgoing>,
+    mut connection: SendRequest<link::Outgoing>,
     tag: &str,
     share: &Arc<Share>,
 ) -> Result<(), String> {
-    let (sender, receiver) = mpsc::channel(REPLIES);
+    let (sender, receiver) = mpsc::unbounded_channel::<Outgoing>();
     let replies = stream::unfold(receiver, |mut receiver| async {
-        Some((Ok(Frame::data(receiver.recv().await?)), receiver))
+        let reply = receiver.recv().await?.into_frame();
+        Some((Ok(Frame::data(reply)), receiver))
     });
     let request = Request::builder()
         .method(Method::POST)

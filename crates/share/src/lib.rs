@@ -28,5 +28,5 @@ mod status;
 
 pub use error::{Error, Result};
 pub use files::MAX_OPEN_FILES;
-pub use serve::{MAX_PARALLEL, Workers, serve};
+pub use serve::{MAX_PARALLEL, Outgoing, Workers, serve};
 pub use share::{Access, Share};

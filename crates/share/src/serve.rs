@@ -1,14 +1,16 @@
 //! Requests from a stream, replies to another.
 
-use std::{fmt::Display, num::NonZeroUsize, sync::Arc};
+use std::{
+    fmt::Display,
+    num::NonZeroUsize,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use cubicle_protocol::share::{Errno, Frame, Frames, MAX_IN_FLIGHT, Reply, Request, encode};
 use futures::{Stream, StreamExt as _};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    task::JoinSet,
-};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::{
     error::{Error, Result},
@@ -34,7 +36,24 @@ impl Workers {
     }
 }
 
-/// Serves a share until the stream of requests ends or nobody wants replies any more.
+/// A reply on its way to the guest. As long as it waits, it counts as a request in flight.
+#[derive(Debug)]
+pub struct Outgoing {
+    frame: Bytes,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Outgoing {
+    /// What is to be sent. From here on the guest may have another request in flight.
+    #[must_use]
+    pub fn into_frame(self) -> Bytes {
+        self.frame
+    }
+}
+
+/// Serves a share until the stream of requests ends or nobody wants replies any more. There are at
+/// most [`MAX_IN_FLIGHT`] replies in the channel: nothing more is read from a guest that does not
+/// take them.
 ///
 /// Requests that are being worked on when this future is dropped are seen through; nobody learns
 /// what came of them, and the guest asks again.
@@ -45,7 +64,7 @@ pub async fn serve<E: Display>(
     share: Arc<Share>,
     workers: Workers,
     requests: impl Stream<Item = Result<Bytes, E>>,
-    replies: mpsc::Sender<Bytes>,
+    replies: mpsc::UnboundedSender<Outgoing>,
 ) -> Result<()> {
     let mut requests = std::pin::pin!(requests);
     let mut frames = Frames::new();
@@ -56,66 +75,48 @@ pub async fn serve<E: Display>(
     let Ok(_) = share.turns.acquire_many(all).await.map(drop) else {
         return Ok(());
     };
-    let mut tasks = JoinSet::new();
     while let Some(piece) = requests.next().await {
         frames.push(&piece.map_err(|error| Error::Broken(error.to_string()))?);
         while let Some(frame) = frames.take::<Request>()? {
-            // A guest that asks for more than it may has to wait: nothing more is read from it.
-            let Ok(place) = Arc::clone(&in_flight).acquire_owned().await else {
+            let taken = async {
+                let place = Arc::clone(&in_flight).acquire_owned().await?;
+                let own = Arc::clone(&share.turns).acquire_owned().await?;
+                let all = Arc::clone(&workers.permits).acquire_owned().await?;
+                Ok::<_, AcquireError>((place, own, all))
+            };
+            let Ok((place, own, all)) = taken.await else {
                 return Ok(());
             };
-            while tasks.try_join_next().is_some() {}
-            let turn = Turn {
-                share: Arc::clone(&share),
-                all: Arc::clone(&workers.permits),
-                replies: replies.clone(),
-            };
-            tasks.spawn(turn.take(frame, place));
+            let (share, replies) = (Arc::clone(&share), replies.clone());
+            tokio::task::spawn_blocking(move || {
+                // Given back when the work is over, also if nobody waits for it any more.
+                let _threads = (own, all);
+                if let Some(frame) = answer(&share, &frame) {
+                    let _place = place;
+                    let _ = replies.send(Outgoing { frame, _place });
+                }
+            });
         }
         if replies.is_closed() {
             return Ok(());
         }
     }
-    while tasks.join_next().await.is_some() {}
     Ok(())
 }
 
-/// One request's way through the queue.
-struct Turn {
-    share: Arc<Share>,
-    all: Arc<Semaphore>,
-    replies: mpsc::Sender<Bytes>,
-}
-
-impl Turn {
-    async fn take(self, frame: Frame<Request>, place: OwnedSemaphorePermit) {
-        let turn = Arc::clone(&self.share.turns).acquire_owned().await;
-        let (Ok(own), Ok(all)) = (turn, self.all.acquire_owned().await) else {
-            return;
-        };
-        let share = self.share;
-        let id = frame.message.id;
-        let done = tokio::task::spawn_blocking(move || {
-            // Given back when the work is over, also if nobody waits for it any more.
-            let _threads = (own, all);
-            let (reply, data) = share.perform(&frame.message, &frame.data)?;
-            Some(encode(&reply, &data))
-        })
-        .await;
-        match done {
-            Ok(None) => {}
-            Ok(Some(Ok(reply))) => {
-                let _ = self.replies.send(reply).await;
-            }
-            Ok(Some(Err(error))) => tracing::error!(%error, "cannot encode a reply to a guest"),
-            Err(error) => {
-                tracing::error!(%error, "a request of a guest ended in a panic");
-                let outcome = Err(Errno(rustix::io::Errno::IO.raw_os_error()));
-                if let Ok(reply) = encode(&Reply { id, outcome }, &[]) {
-                    let _ = self.replies.send(reply).await;
-                }
-            }
-        }
-        drop(place);
-    }
+/// Does what is asked for; the reply as a frame, if there is one.
+fn answer(share: &Share, frame: &Frame<Request>) -> Option<Bytes> {
+    let id = frame.message.id;
+    let done = catch_unwind(AssertUnwindSafe(|| {
+        share.perform(&frame.message, &frame.data)
+    }));
+    let (reply, data) = done.unwrap_or_else(|_| {
+        tracing::error!(id, "a request of a guest ended in a panic");
+        let outcome = Err(Errno(rustix::io::Errno::IO.raw_os_error()));
+        Some((Reply { id, outcome }, Vec::new()))
+    })?;
+    let encoded = encode(&reply, &data);
+    encoded
+        .inspect_err(|error| tracing::error!(%error, id, "cannot encode a reply to a guest"))
+        .ok()
 }

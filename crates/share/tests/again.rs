@@ -5,7 +5,8 @@ use std::{fs, sync::Arc};
 
 use bytes::Bytes;
 use cubicle_protocol::share::{
-    Answer, FileRef, Frames, MAX_DATA, Operation, RelativePath, RenameHow, Reply, Request, encode,
+    Answer, FileRef, Frames, MAX_DATA, MAX_IN_FLIGHT, Operation, RelativePath, RenameHow, Reply,
+    Request, encode,
 };
 use cubicle_share::{Access, MAX_OPEN_FILES, Share, Workers, serve};
 use futures::stream;
@@ -190,7 +191,7 @@ async fn a_guest_that_floods_or_talks_nonsense_does_no_harm() {
     let share = Arc::new(Share::open(dir.path(), Access::ReadWrite).unwrap());
     let workers = Workers::new(4.try_into().unwrap());
     // It asks for far more than it may, and reads the replies late.
-    let (sender, mut receiver) = mpsc::channel(1);
+    let (sender, mut receiver) = mpsc::unbounded_channel();
     let requests = stream::iter((0..2000).map(|id| {
         let operation = Operation::Read {
             file: file("file"),
@@ -209,8 +210,9 @@ async fn a_guest_that_floods_or_talks_nonsense_does_no_harm() {
     tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     let mut answered = std::collections::HashSet::new();
     let mut frames = Frames::new();
+    assert!(receiver.len() <= MAX_IN_FLIGHT);
     while let Some(piece) = receiver.recv().await {
-        frames.push(&piece);
+        frames.push(&piece.into_frame());
         while let Some(frame) = frames.take::<Reply>().unwrap() {
             assert_eq!(frame.data.len(), MAX_DATA);
             answered.insert(frame.message.id);
@@ -219,7 +221,7 @@ async fn a_guest_that_floods_or_talks_nonsense_does_no_harm() {
     assert_eq!(answered.len(), 2000);
     served.await.unwrap().unwrap();
 
-    let (sender, _receiver) = mpsc::channel(1);
+    let (sender, _receiver) = mpsc::unbounded_channel();
     let nonsense = stream::iter([Ok::<_, String>(Bytes::from_static(&[0xff; 64]))]);
     let error = serve(share, workers, nonsense, sender).await.unwrap_err();
     assert!(error.to_string().contains("make no sense"), "{error}");

@@ -1,6 +1,7 @@
 //! What the kernel and a file system in user space say to each other on `/dev/fuse`: the part of
 //! `linux/fuse.h` that is needed here. Numbers are in the machine's own byte order.
 
+use bytes::Bytes;
 use cubicle_protocol::share::{Kind, Status, Time};
 use rustix::io::Errno;
 
@@ -237,6 +238,12 @@ impl Body {
 
     pub(super) fn into_bytes(self) -> Vec<u8> {
         self.0
+    }
+}
+
+impl From<Body> for Bytes {
+    fn from(body: Body) -> Self {
+        body.0.into()
     }
 }
 

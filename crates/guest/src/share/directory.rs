@@ -38,14 +38,14 @@ impl Directory {
         after: u64,
         room: usize,
         plus: bool,
-    ) -> Result<Vec<u8>, Errno> {
+    ) -> Result<Bytes, Errno> {
         let mut after = after;
         loop {
             if self.position(after).is_none() {
                 self.fetch(session, unique, node, after).await?;
             }
             let Some(at) = self.position(after) else {
-                return Ok(Vec::new());
+                return Ok(Bytes::new());
             };
             let mut body = Body::new();
             let mut left = room;
@@ -59,7 +59,7 @@ impl Directory {
                 let len =
                     abi::directory_entry_len(&entry.name) + if plus { abi::ENTRY_LEN } else { 0 };
                 let Some(rest) = left.checked_sub(len) else {
-                    return Ok(body.into_bytes());
+                    return Ok(body.into());
                 };
                 left = rest;
                 if plus {
@@ -69,7 +69,7 @@ impl Directory {
             }
             // An empty reply would mean that there are no more.
             if left < room || self.end {
-                return Ok(body.into_bytes());
+                return Ok(body.into());
             }
             after = last;
         }

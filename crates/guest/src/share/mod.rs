@@ -44,6 +44,7 @@ use axum::{
 use cubicle_protocol::guest_api::Mount;
 use futures::StreamExt as _;
 use http::StatusCode;
+use mount::{Attached, Wanted};
 use session::Session;
 
 use crate::{
@@ -115,7 +116,10 @@ pub(crate) struct Shares {
 
 #[derive(Debug, Clone)]
 struct Mounted {
+    /// Where it was wanted.
     path: PathBuf,
+    /// Where that really is.
+    at: PathBuf,
     read_only: bool,
     session: Arc<Session>,
 }
@@ -131,7 +135,8 @@ impl Shares {
         let mut swept = self.changes.lock().await;
         let wanted = checked(wanted)?;
         if !*swept {
-            blocking(mount::detach_strays).await?;
+            // Nothing of ours is mounted yet, so nothing of this can wait for us.
+            mount::detach_strays()?;
             *swept = true;
         }
         let unwanted: Vec<_> = self
@@ -145,17 +150,69 @@ impl Shares {
         for (tag, old) in unwanted {
             // First, so that nothing waits for it any more.
             old.session.queue.close();
-            blocking(move || mount::detach(&old.path)).await?;
+            blocking(move || mount::detach(&old.at)).await?;
             self.mounted().remove(&tag);
         }
-        for (tag, (path, read_only)) in wanted {
-            if let Some(mounted) = self.mounted().get(&tag) {
-                mounted.session.refresh();
-                continue;
-            }
-            let mounted = mount_one(&tag, path, read_only, user.clone()).await?;
-            self.mounted().insert(tag, mounted);
+        for mounted in self.mounted().values() {
+            mounted.session.refresh();
         }
+        let (others, missing) = self.missing(wanted);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let owner = (user.uid, user.gid);
+        let user = user.clone();
+        let attached = if others.is_empty() {
+            // On this thread, which is much quicker: no path can lead into a share.
+            mount::attach_all(&others, missing, &user)?
+        } else {
+            blocking(move || mount::attach_all(&others, missing, &user)).await?
+        };
+        for attached in attached {
+            self.serve(attached, owner).await?;
+        }
+        Ok(())
+    }
+
+    /// Where shares are mounted, and what is wanted besides.
+    fn missing(&self, wanted: BTreeMap<String, (PathBuf, bool)>) -> (Vec<PathBuf>, Vec<Wanted>) {
+        let mounted = self.mounted();
+        let others = mounted.values().map(|mounted| mounted.at.clone());
+        let missing = wanted
+            .into_iter()
+            .filter(|(tag, _)| !mounted.contains_key(tag))
+            .map(|(tag, (path, read_only))| Wanted {
+                tag,
+                path,
+                read_only,
+            });
+        (others.collect(), missing.collect())
+    }
+
+    /// Begins to answer for what has just been mounted. Not before: until then nobody can wait for
+    /// the device. The kernel's first question is there by now, and mounting does not wait for its
+    /// answer.
+    async fn serve(&self, attached: Attached, owner: (u32, u32)) -> Result<(), Error> {
+        let Attached { wanted, at, device } = attached;
+        let session = match Session::start(device, owner) {
+            Ok(session) => session,
+            Err(error) => {
+                blocking(move || mount::detach(&at)).await?;
+                return Err(Error::Device(error));
+            }
+        };
+        let Wanted {
+            tag,
+            path,
+            read_only,
+        } = wanted;
+        let mounted = Mounted {
+            path,
+            at,
+            read_only,
+            session,
+        };
+        self.mounted().insert(tag, mounted);
         Ok(())
     }
 
@@ -184,37 +241,6 @@ fn checked(wanted: Vec<Mount>) -> Result<BTreeMap<String, (PathBuf, bool)>, Erro
         by_tag.insert(one.tag, (path, one.read_only));
     }
     Ok(by_tag)
-}
-
-async fn mount_one(
-    tag: &str,
-    path: PathBuf,
-    read_only: bool,
-    user: User,
-) -> Result<Mounted, Error> {
-    let owner = (user.uid, user.gid);
-    let (tag, at) = (tag.to_owned(), path.clone());
-    let device = blocking(move || {
-        let device = mount::open_device()?;
-        mount::attach(&tag, &at, read_only, &device, &user)?;
-        Ok(device)
-    })
-    .await?;
-    // Not before it is mounted: until then nobody can wait for the device. The kernel's first
-    // question is there by now, and mounting does not wait for its answer.
-    let session = match Session::start(device, owner) {
-        Ok(session) => session,
-        Err(error) => {
-            let at = path.clone();
-            blocking(move || mount::detach(&at)).await?;
-            return Err(Error::Device(error));
-        }
-    };
-    Ok(Mounted {
-        path,
-        read_only,
-        session,
-    })
 }
 
 /// `POST /shares/{tag}`: the host is there and answers for a share, as long as the streams last.

@@ -43,12 +43,7 @@ pub(super) fn check(mount: &Mount) -> Result<PathBuf, Error> {
     }
     // Without slashes that mean nothing.
     let path: PathBuf = path.components().collect();
-    if path == Path::new("/") {
-        return Err(refused("it is the root"));
-    }
-    if SYSTEM.iter().any(|system| path.starts_with(system)) {
-        return Err(refused("the system needs it"));
-    }
+    check_place(&path, &mount.path)?;
     let good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
     if mount.tag.is_empty() || mount.tag.len() > 64 || !mount.tag.bytes().all(good) {
         return Err(Error::Tag(mount.tag.clone()));
@@ -56,26 +51,82 @@ pub(super) fn check(mount: &Mount) -> Result<PathBuf, Error> {
     Ok(path)
 }
 
-/// Opens the device through which a file system speaks to the kernel.
-pub(super) fn open_device() -> Result<OwnedFd, Error> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    openat(CWD, DEVICE, flags, Mode::empty()).map_err(|errno| Error::Device(errno.into()))
+/// Checks that the machine can spare a place, which is called `path`.
+fn check_place(place: &Path, path: &str) -> Result<(), Error> {
+    let reason = if place == Path::new("/") {
+        "it is the root"
+    } else if SYSTEM.iter().any(|system| place.starts_with(system)) {
+        "the system needs it"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Path {
+        path: path.to_owned(),
+        reason,
+    })
 }
 
-/// Makes the mount point, and mounts there what `device` answers for. Blocks.
-pub(super) fn attach(
-    tag: &str,
-    path: &Path,
-    read_only: bool,
-    device: &OwnedFd,
+/// Something to be mounted.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) tag: String,
+    pub(super) path: PathBuf,
+    pub(super) read_only: bool,
+}
+
+/// Something that has been mounted.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) wanted: Wanted,
+    /// Where, without symbolic links.
+    pub(super) at: PathBuf,
+    /// Through which its file system speaks to the kernel.
+    pub(super) device: OwnedFd,
+}
+
+/// Makes the mount points and mounts all, or nothing. `others` are mounted already. Looks at no path
+/// any more once it has begun to mount: that might lead into what nobody answers for yet.
+pub(super) fn attach_all(
+    others: &[PathBuf],
+    wanted: Vec<Wanted>,
     user: &User,
-) -> Result<(), Error> {
-    make_directory(path, user).map_err(|source| Error::MountPoint {
-        path: path.to_owned(),
-        source,
-    })?;
+) -> Result<Vec<Attached>, Error> {
+    let mut places: Vec<PathBuf> = Vec::with_capacity(wanted.len());
+    for one in &wanted {
+        let failed = |source| Error::MountPoint {
+            path: one.path.clone(),
+            source,
+        };
+        make_directory(&one.path, user).map_err(failed)?;
+        let at = fs::canonicalize(&one.path).map_err(failed)?;
+        check_place(&at, &one.path.to_string_lossy())?;
+        let mut taken = others.iter().chain(&places);
+        if let Some(other) = taken.find(|other| other.starts_with(&at) || at.starts_with(other)) {
+            return Err(Error::Nested(other.clone(), at));
+        }
+        places.push(at);
+    }
+    let mut attached: Vec<Attached> = Vec::with_capacity(wanted.len());
+    for (wanted, at) in wanted.into_iter().zip(places) {
+        match attach(&wanted, &at) {
+            Ok(device) => attached.push(Attached { wanted, at, device }),
+            Err(error) => {
+                for undone in attached {
+                    detach(&undone.at)?;
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(attached)
+}
+
+fn attach(wanted: &Wanted, at: &Path) -> Result<OwnedFd, Error> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let device = openat(CWD, DEVICE, flags, Mode::empty());
+    let device = device.map_err(|errno| Error::Device(errno.into()))?;
     let failed = |source| Error::Mount {
-        path: path.to_owned(),
+        path: at.to_owned(),
         source,
     };
     // The kernel checks permissions, by the modes that it is told, for all users.
@@ -85,8 +136,9 @@ pub(super) fn attach(
     );
     let options = CString::new(options).map_err(|error| failed(error.into()))?;
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
-    flags.set(MountFlags::RDONLY, read_only);
-    mount(source(tag), path, KIND, flags, &*options).map_err(|errno| failed(errno.into()))
+    flags.set(MountFlags::RDONLY, wanted.read_only);
+    mount(source(&wanted.tag), at, KIND, flags, &*options).map_err(|e| failed(e.into()))?;
+    Ok(device)
 }
 
 /// Unmounts a share. Programs that use it keep what they have open, and get errors from it.

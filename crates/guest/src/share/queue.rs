@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use cubicle_protocol::share::{Answer, Frames, Operation, Reply, Request, encode};
+use cubicle_protocol::share::{Answer, Frames, Operation, Reply, Request, encode_head};
 use futures::{Stream, StreamExt as _};
 use rustix::io::Errno;
 use tokio::sync::oneshot;
@@ -34,6 +34,8 @@ struct Inner {
     waiting: BTreeMap<u64, Waiting>,
     /// What the host has not been sent in this life.
     unsent: VecDeque<Unsent>,
+    /// Data of the request whose head was sent last.
+    rest: Bytes,
     link: Link,
     /// Counts the lives: what belongs to an earlier one is ignored.
     life: u64,
@@ -80,6 +82,7 @@ impl Queue {
                 next_id: 1,
                 waiting: BTreeMap::new(),
                 unsent: VecDeque::new(),
+                rest: Bytes::new(),
                 link: Link::Down,
                 life: 0,
                 sender: None,
@@ -142,6 +145,7 @@ impl Queue {
             if inner.link != Link::Closed {
                 inner.link = Link::Up;
             }
+            inner.rest = Bytes::new();
             inner.unsent = inner.waiting.keys().copied().map(Unsent::Request).collect();
             // The stream of the life before ends.
             inner.wake();
@@ -207,6 +211,7 @@ impl Queue {
             }
             inner.link = Link::Down;
             inner.unsent.clear();
+            inner.rest = Bytes::new();
             inner.fail(Errno::INTR, |waiting| waiting.interrupted);
             inner.wake();
         }
@@ -261,8 +266,11 @@ impl Inner {
         }
     }
 
-    /// The next frame for the host.
-    fn next_frame(&mut self) -> Option<Bytes> {
+    /// The next frame for the host, or a part of one.
+    fn next_piece(&mut self) -> Option<Bytes> {
+        if !self.rest.is_empty() {
+            return Some(std::mem::take(&mut self.rest));
+        }
         loop {
             let encoded = match self.unsent.pop_front()? {
                 Unsent::Request(id) => {
@@ -275,7 +283,10 @@ impl Inner {
                         again: std::mem::replace(&mut waiting.sent, true),
                         operation: waiting.operation.clone(),
                     };
-                    let encoded = encode(&request, &waiting.data);
+                    let encoded = encode_head(&request, waiting.data.len());
+                    if encoded.is_ok() {
+                        self.rest = waiting.data.clone();
+                    }
                     if encoded.is_err()
                         && let Some(waiting) = self.waiting.remove(&id)
                     {
@@ -289,7 +300,7 @@ impl Inner {
                         again: false,
                         operation: Operation::Release { inode },
                     };
-                    encode(&request, &[])
+                    encode_head(&request, 0)
                 }
             };
             match encoded {
@@ -315,7 +326,7 @@ impl Stream for Requests {
         if inner.life != self.life || inner.link != Link::Up {
             return Poll::Ready(None);
         }
-        match inner.next_frame() {
+        match inner.next_piece() {
             Some(frame) => Poll::Ready(Some(frame)),
             None => {
                 inner.sender = Some(cx.waker().clone());

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use cubicle_protocol::share::{MAX_DATA, MAX_IN_FLIGHT};
 use rustix::io::Errno;
 use tokio::{
@@ -38,7 +39,7 @@ const MAX_PAGES: u16 = (MAX_DATA / 4096) as u16;
 const MAX_BACKGROUND: u16 = 16;
 
 /// A request's answer: the body of the reply.
-pub(super) type Answered = Result<Vec<u8>, Errno>;
+pub(super) type Answered = Result<Bytes, Errno>;
 
 /// A share's file system.
 #[derive(Debug)]
@@ -142,7 +143,7 @@ impl Session {
         let unique = request.unique;
         match request.opcode {
             opcode::INIT => self.reply(unique, init(request)),
-            opcode::DESTROY => self.reply(unique, Ok(Vec::new())),
+            opcode::DESTROY => self.reply(unique, Ok(Bytes::new())),
             // These three want no reply.
             opcode::INTERRUPT => {
                 let mut arguments = request.arguments;
@@ -183,7 +184,7 @@ impl Session {
     }
 
     fn reply(&self, unique: u64, answered: Answered) {
-        let outcome = answered.as_ref().map(Vec::len).map_err(|errno| *errno);
+        let outcome = answered.as_ref().map(Bytes::len).map_err(|errno| *errno);
         let header = abi::reply_header(unique, outcome);
         let body = answered.unwrap_or_default();
         let parts = [IoSlice::new(&header), IoSlice::new(&body)];
@@ -210,7 +211,7 @@ fn init(request: Request<'_>) -> Answered {
     if major != abi::MAJOR {
         // The kernel asks again, or gives up.
         body.u32(abi::MINOR).zeros(56);
-        return Ok(body.into_bytes());
+        return Ok(body.into());
     }
     body.u32(minor.min(abi::MINOR))
         .u32(read_ahead.min(MAX_DATA as u32))
@@ -221,5 +222,5 @@ fn init(request: Request<'_>) -> Answered {
         .u32(1) // granularity of times, in nanoseconds
         .u16(MAX_PAGES)
         .zeros(34);
-    Ok(body.into_bytes())
+    Ok(body.into())
 }

@@ -97,7 +97,7 @@ impl Run<'_> {
                 let path = self.path_of(&name)?;
                 self.ask(Operation::RemoveDirectory { path }).await?;
                 self.session.table().removed(name.parent, &name.name);
-                Ok(Vec::new())
+                Ok(Bytes::new())
             }
             What::Rename { from, to, how } => self.rename(&from, &to, how).await,
             What::Link { from, to } => {
@@ -131,7 +131,7 @@ impl Run<'_> {
                 self.session.table().opened(node);
                 body.entry(node, &self.session.attributes(status), VALID);
                 body.u64(0).u32(abi::FOPEN_NOFLUSH).u32(0);
-                Ok(body.into_bytes())
+                Ok(body.into())
             }
             What::Read { offset, len } => {
                 let len = len.min(MAX_DATA as u32);
@@ -155,19 +155,19 @@ impl Run<'_> {
                     Answer::Written(len) if len as usize <= data.len() => {
                         let mut body = Body::new();
                         body.u32(len).u32(0);
-                        Ok(body.into_bytes())
+                        Ok(body.into())
                     }
                     _ => Err(Errno::PROTO),
                 }
             }
             What::Release => {
                 self.close().await;
-                Ok(Vec::new())
+                Ok(Bytes::new())
             }
             What::Sync { data_only } => {
                 self.ask_on_file(|file| (Operation::Sync { file, data_only }, Bytes::new()))
                     .await?;
-                Ok(Vec::new())
+                Ok(Bytes::new())
             }
             What::Allocate { flags, offset, len } => {
                 let allocate = |file| Operation::Allocate {
@@ -178,7 +178,7 @@ impl Run<'_> {
                 };
                 self.ask_on_file(|file| (allocate(file), Bytes::new()))
                     .await?;
-                Ok(Vec::new())
+                Ok(Bytes::new())
             }
             What::Usage => match self.ask(Operation::Usage).await?.0 {
                 Answer::Usage(usage) => Ok(statfs(&usage)),
@@ -196,7 +196,7 @@ impl Run<'_> {
                 let path = self.attribute_path(&name)?;
                 let operation = Operation::SetAttribute { path, name, flags };
                 self.ask_with(operation, value).await?;
-                Ok(Vec::new())
+                Ok(Bytes::new())
             }
             What::ListAttributes { room } => {
                 let path = self.session.table().path(self.node)?;
@@ -205,7 +205,7 @@ impl Run<'_> {
             What::RemoveAttribute { name } => {
                 let path = self.attribute_path(&name)?;
                 self.ask(Operation::RemoveAttribute { path, name }).await?;
-                Ok(Vec::new())
+                Ok(Bytes::new())
             }
             What::OpenDirectory => {
                 let mut directories = self
@@ -217,7 +217,7 @@ impl Run<'_> {
                 directories.insert(self.unique, Arc::default());
                 let mut body = Body::new();
                 body.u64(self.unique).u64(0);
-                Ok(body.into_bytes())
+                Ok(body.into())
             }
             What::ReadDirectory {
                 handle,
@@ -245,7 +245,7 @@ impl Run<'_> {
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .remove(&handle);
-                Ok(Vec::new())
+                Ok(Bytes::new())
             }
         }
     }
@@ -268,7 +268,7 @@ impl Run<'_> {
         }
         let mut body = Body::new();
         body.u64(0).u32(abi::FOPEN_NOFLUSH).u32(0);
-        Ok(body.into_bytes())
+        Ok(body.into())
     }
 
     async fn close(&self) {
@@ -308,7 +308,7 @@ impl Run<'_> {
             self.ask(Operation::Remove { path }).await?;
             self.session.table().removed(name.parent, &name.name);
         }
-        Ok(Vec::new())
+        Ok(Bytes::new())
     }
 
     /// What had a name has the hidden one now, until it is closed.
@@ -354,7 +354,7 @@ impl Run<'_> {
             RenameHow::Exchange => table.exchanged(from.key(), to.key()),
             RenameHow::Replace | RenameHow::Keep => table.renamed(from.key(), to.key()),
         }
-        Ok(Vec::new())
+        Ok(Bytes::new())
     }
 
     /// Asks something of this node's file, by the path that it has.
@@ -420,20 +420,20 @@ impl Run<'_> {
         table.found(name.parent, &name.name, status)
     }
 
-    fn entry(&self, name: &Name, status: Status) -> Vec<u8> {
+    fn entry(&self, name: &Name, status: Status) -> Bytes {
         let node = self.remember(name, &status);
         let mut body = Body::new();
         body.entry(node, &self.session.attributes(status), VALID);
-        body.into_bytes()
+        body.into()
     }
 
-    fn attributes(&self, status: Status) -> Vec<u8> {
+    fn attributes(&self, status: Status) -> Bytes {
         self.session.table().tell(self.node, &status);
         let mut body = Body::new();
         body.u64(VALID)
             .u64(0)
             .attributes(&self.session.attributes(status));
-        body.into_bytes()
+        body.into()
     }
 }
 
@@ -446,19 +446,19 @@ fn status_of(answer: Answer) -> Result<Status, Errno> {
 
 fn data_of((answer, data): (Answer, Bytes)) -> Answered {
     match answer {
-        Answer::Data => Ok(Vec::from(data)),
+        Answer::Data => Ok(data),
         _ => Err(Errno::PROTO),
     }
 }
 
 /// An attribute's value, or its length if that is all that is wanted.
-fn sized(value: Vec<u8>, room: u32) -> Answered {
+fn sized(value: Bytes, room: u32) -> Answered {
     let len = u32::try_from(value.len()).map_err(|_| Errno::RANGE)?;
     match room {
         0 => {
             let mut body = Body::new();
             body.u32(len).u32(0);
-            Ok(body.into_bytes())
+            Ok(body.into())
         }
         room if room < len => Err(Errno::RANGE),
         _ => Ok(value),
@@ -466,7 +466,7 @@ fn sized(value: Vec<u8>, room: u32) -> Answered {
 }
 
 /// `struct fuse_kstatfs`.
-fn statfs(usage: &Usage) -> Vec<u8> {
+fn statfs(usage: &Usage) -> Bytes {
     let mut body = Body::new();
     body.u64(usage.blocks)
         .u64(usage.free)
@@ -477,7 +477,7 @@ fn statfs(usage: &Usage) -> Vec<u8> {
         .u32(cubicle_protocol::share::MAX_NAME as u32)
         .u32(usage.block_size)
         .zeros(28);
-    body.into_bytes()
+    body.into()
 }
 
 fn hidden_name() -> Vec<u8> {

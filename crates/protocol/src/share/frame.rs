@@ -41,21 +41,35 @@ pub struct Frame<T> {
 /// # Errors
 /// [`Error`] if it is too long.
 pub fn encode<T: Serialize>(message: &T, data: &[u8]) -> Result<Bytes, Error> {
-    if data.len() > MAX_DATA {
-        return Err(Error::Data(data.len()));
+    let mut frame = begin(message, data.len(), data.len())?;
+    frame.put_slice(data);
+    Ok(frame.freeze())
+}
+
+/// The frame of `message` up to its data, of which `data_len` bytes have to follow in the stream.
+///
+/// # Errors
+/// [`Error`] if it is too long.
+pub fn encode_head<T: Serialize>(message: &T, data_len: usize) -> Result<Bytes, Error> {
+    Ok(begin(message, data_len, 0)?.freeze())
+}
+
+/// The same, with room for so many bytes more.
+fn begin<T: Serialize>(message: &T, data_len: usize, room: usize) -> Result<BytesMut, Error> {
+    if data_len > MAX_DATA {
+        return Err(Error::Data(data_len));
     }
     let head = postcard::to_allocvec(message)?;
     let head_len = u16::try_from(head.len())
         .ok()
         .filter(|_| head.len() <= MAX_HEAD)
         .ok_or(Error::Head(head.len()))?;
-    let rest = size_of::<u16>() + head.len() + data.len();
-    let mut frame = BytesMut::with_capacity(LENGTH + rest);
+    let rest = size_of::<u16>() + head.len() + data_len;
+    let mut frame = BytesMut::with_capacity(PREFIX + head.len() + room);
     frame.put_u32_le(u32::try_from(rest).map_err(|_| Error::Length(rest))?);
     frame.put_u16_le(head_len);
     frame.put_slice(&head);
-    frame.put_slice(data);
-    Ok(frame.freeze())
+    Ok(frame)
 }
 
 /// Puts the pieces of a stream together and takes the frames out of it.

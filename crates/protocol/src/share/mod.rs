@@ -25,7 +25,7 @@ mod path;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Error, Frame, Frames, encode, entries, push_entry};
+pub use frame::{Error, Frame, Frames, encode, encode_head, entries, push_entry};
 pub use message::{
     Answer, Change, Entry, Errno, FileRef, Kind, Moment, Operation, RenameHow, Reply, Request,
     Status, Time, Usage,

@@ -62,7 +62,11 @@ proptest! {
             .collect();
         let stream: Vec<u8> = messages
             .iter()
-            .flat_map(|(request, data)| encode(request, data).unwrap())
+            .flat_map(|(request, data)| {
+                let apart = [&encode_head(request, data.len()).unwrap()[..], data].concat();
+                assert_eq!(encode(request, data).unwrap(), apart);
+                apart
+            })
             .collect();
         let mut frames = Frames::new();
         let mut out = Vec::new();

@@ -165,3 +165,33 @@ fn mounts_come_and_go_and_must_not_hide_each_other() {
     // What was asked for wrongly has changed nothing.
     assert_eq!(names(&rig.guest("c")), ["file"]);
 }
+
+#[test]
+fn a_mount_point_is_where_its_links_lead() {
+    let rig = Rig::single();
+    let (a, b) = (rig.guest("a"), rig.guest("b"));
+    fs::create_dir(rig.host("b")).unwrap();
+    // Into a share that is mounted: there is no mounting below it.
+    fs::write(a.join("file"), "").unwrap();
+    std::os::unix::fs::symlink(&a, &b).unwrap();
+    let wanted = [("a", Access::ReadWrite), ("b", Access::ReadWrite)];
+    let error = rig.reconcile(&wanted).unwrap_err();
+    assert!(matches!(error, crate::share::Error::Nested(..)), "{error}");
+    fs::remove_file(&b).unwrap();
+    std::os::unix::fs::symlink("/proc", &b).unwrap();
+    let error = rig.reconcile(&wanted).unwrap_err();
+    assert!(matches!(error, crate::share::Error::Path { .. }), "{error}");
+    fs::remove_file(&b).unwrap();
+    let elsewhere = a.parent().unwrap().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &b).unwrap();
+    rig.reconcile(&wanted).unwrap();
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    assert!(mounts.contains(elsewhere.to_str().unwrap()), "{mounts}");
+    // All or nothing: the first is not mounted if the second cannot be.
+    rig.reconcile(&[]).unwrap();
+    fs::remove_file(&b).unwrap();
+    fs::write(&b, "in the way").unwrap();
+    rig.reconcile(&wanted).unwrap_err();
+    assert!(names(&a).is_empty(), "nothing is mounted");
+}

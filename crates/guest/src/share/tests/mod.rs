@@ -16,7 +16,7 @@ use std::{
 };
 
 use cubicle_protocol::guest_api::Mount;
-use cubicle_share::{Access, Share, Workers, serve};
+use cubicle_share::{Access, Outgoing, Share, Workers, serve};
 use futures::StreamExt as _;
 use rustix::mount::{MountPropagationFlags, mount_change};
 use tokio::{runtime::Runtime, sync::mpsc, task::JoinHandle};
@@ -103,9 +103,9 @@ impl Rig {
     pub(super) fn serve(&mut self, tag: &str, share: Arc<Share>) {
         let _runtime = self.runtime.enter();
         let session = self.shares.session(tag).unwrap();
-        let (sender, receiver) = mpsc::channel(1);
+        let (sender, receiver) = mpsc::unbounded_channel::<Outgoing>();
         let replies = futures::stream::unfold(receiver, |mut receiver| async {
-            let reply = receiver.recv().await?;
+            let reply = receiver.recv().await?.into_frame();
             Some((Ok::<_, Infallible>(reply), receiver))
         });
         let requests = session.queue.attach(replies).map(Ok::<_, Infallible>);
