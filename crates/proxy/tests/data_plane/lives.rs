@@ -1,6 +1,9 @@
 //! Requests to sandboxes that are rolled back, paused and woken meanwhile.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use axum::{Router, body::Bytes, routing::any};
 use cubicle_ids::SandboxId;
@@ -187,6 +190,42 @@ async fn a_stream_of_the_old_life_breaks_off() {
         assert!(matches!(last, Ok(Some(Err(_)))), "port {port}: {last:?}");
         front.idle().await;
     }
+}
+
+#[tokio::test]
+async fn nothing_of_an_old_life_stays_open() {
+    let front = Front::start().await;
+    let (items, router) = on_demand("application/x-ndjson");
+    let id = front.world.add(envd());
+    front.world.open_port(&id, 8000, serve(router).await);
+    front.world.open_port(&id, 8001, serve(server()).await);
+    for round in 0..50 {
+        let mut streams = Vec::new();
+        for _ in 0..3 {
+            let response = front.get(Way::Host, &id, 8000, "/").send().await.unwrap();
+            streams.push(response.bytes_stream());
+        }
+        // And one that is kept for the next request.
+        let text = front
+            .get(Way::Host, &id, 8001, "/text")
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(text.text().await.unwrap(), "some text");
+        assert_eq!(front.world.open.load(Ordering::SeqCst), 4, "round {round}");
+        let since = Instant::now();
+        front.world.next_generation(&id);
+        for mut stream in streams {
+            let last = tokio::time::timeout(Duration::from_secs(1), stream.next()).await;
+            assert!(matches!(last, Ok(Some(Err(_)))), "round {round}: {last:?}");
+        }
+        while front.world.open.load(Ordering::SeqCst) > 0 {
+            assert!(since.elapsed() < Duration::from_secs(1), "round {round}");
+            tokio::task::yield_now().await;
+        }
+    }
+    drop(items);
+    front.idle().await;
 }
 
 #[tokio::test]

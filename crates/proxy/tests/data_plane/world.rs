@@ -52,6 +52,8 @@ pub(crate) struct Sandbox {
 pub(crate) struct World {
     sandboxes: Mutex<HashMap<SandboxId, Sandbox>>,
     pub(crate) connections: AtomicUsize,
+    /// Connections to ports that the proxy holds now.
+    pub(crate) open: Arc<AtomicUsize>,
     /// How long a sandbox takes to wake up, and whether it does.
     pub(crate) wakes: Mutex<Wakes>,
     /// What a busy sandbox becomes, once that is known.
@@ -243,7 +245,7 @@ impl Upstream for World {
             .await
             .map_err(|_| closed())?;
         self.connections.fetch_add(1, Ordering::SeqCst);
-        Ok(Box::new(Mortal::new(stream, &life)))
+        Ok(Box::new(Mortal::new(stream, &life).counted(&self.open)))
     }
 
     fn generation(&self, id: &SandboxId) -> Option<u64> {
@@ -256,6 +258,16 @@ impl Upstream for World {
 struct Mortal<T> {
     inner: T,
     dead: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Counts itself while it is there, if somebody counts.
+    open: Option<Arc<AtomicUsize>>,
+}
+
+impl<T> Drop for Mortal<T> {
+    fn drop(&mut self) {
+        if let Some(open) = &self.open {
+            open.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
 }
 
 impl<T> Mortal<T> {
@@ -263,7 +275,14 @@ impl<T> Mortal<T> {
         Self {
             inner,
             dead: Box::pin(life.clone().cancelled_owned()),
+            open: None,
         }
+    }
+
+    fn counted(mut self, open: &Arc<AtomicUsize>) -> Self {
+        open.fetch_add(1, Ordering::SeqCst);
+        self.open = Some(Arc::clone(open));
+        self
     }
 
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
