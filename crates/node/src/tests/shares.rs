@@ -91,7 +91,7 @@ async fn shares_are_served_in_every_life_also_by_the_next_server() {
     node.store().clone().close().await;
     drop(node);
     let (node, report) = machine.open().await;
-    assert_eq!(report.adopted, [id.clone()]);
+    assert_eq!(report.adopted, std::slice::from_ref(&id));
     assert_eq!(answers(&machine, &id, 2).await, ["ro", "rw"]);
 
     // What is gone by then costs the share, not the sandbox.
@@ -100,7 +100,7 @@ async fn shares_are_served_in_every_life_also_by_the_next_server() {
     drop(node);
     drop(shared);
     let (node, report) = machine.open().await;
-    assert_eq!(report.adopted, [id.clone()]);
+    assert_eq!(report.adopted, std::slice::from_ref(&id));
     assert_eq!(get(&node, &id, "/health").await.unwrap(), 204);
     end(node, &machine).await;
 }
