@@ -249,3 +249,115 @@ async fn a_guest_that_does_not_answer_is_frozen_unless_it_has_to_be_well() {
     node.snapshot(&id, strict).await.unwrap();
     end(node, &machine).await;
 }
+
+/// What an operation leaves when the process dies in it, and what the next one makes of it. The
+/// first node's runtime is torn down in the middle of the step, as `kill -9` would.
+#[test]
+fn a_crash_at_any_step_leaves_the_sandbox_alive_and_nothing_else() {
+    let runtime = || {
+        Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let machine = Machine::new();
+    let template = runtime().block_on(async {
+        let (node, _) = machine.open().await;
+        let template = template(&node, &machine).await;
+        end(node, &machine).await;
+        template
+    });
+    let rolling = CREATE_STEPS
+        .into_iter()
+        .filter(|step| *step != "create/commit");
+    let rolling = rolling.chain(["rollback/begin", "rollback/switch"]);
+    let steps = TAKE_STEPS
+        .into_iter()
+        .chain(["snapshot/begin"])
+        .map(|step| ("snapshot", step))
+        .chain(
+            TAKE_STEPS
+                .into_iter()
+                .chain(["pause/begin"])
+                .map(|step| ("pause", step)),
+        )
+        .chain(rolling.map(|step| ("rollback", step)));
+    for (operation, step) in steps {
+        let first = runtime();
+        let id = first.block_on(async {
+            let (node, _) = machine.open().await;
+            let id = sandbox(&node, &template).await;
+            node.failpoints()
+                .arm(step, Failure::Delay(Duration::from_secs(3600)));
+            let before = node.failpoints().passes(step);
+            let (task, victim, to) = (node.clone(), id.clone(), template.clone());
+            tokio::spawn(async move {
+                match operation {
+                    "snapshot" => drop(task.snapshot(&victim, user()).await),
+                    "pause" => {
+                        let order = TakeSnapshot::new(SnapshotKind::Pause);
+                        drop(task.pause(&victim, order).await);
+                    }
+                    _ => drop(task.rollback(back(&victim, &to)).await),
+                }
+            });
+            until(step, || node.failpoints().passes(step) > before).await;
+            id
+        });
+        first.shutdown_timeout(Duration::from_secs(10));
+
+        runtime().block_on(async {
+            let (node, report) = machine.open().await;
+            let told = format!("{operation} at {step}: {report:?}");
+            assert_eq!(report.adopted, std::slice::from_ref(&id), "{told}");
+            assert_eq!(node.generation(&id), Some(1), "{told}");
+            assert_eq!(get(&node, &id, "/health").await.unwrap(), 204, "{told}");
+            assert!(!machine.hypervisor.vm(&id).is_stopped(), "{told}");
+            assert_eq!(machine.hypervisor.alive(), 1, "{told}");
+            assert_eq!(node.store().list().len(), 1, "{told}");
+            // And it can be done again.
+            let taken = node.snapshot(&id, user()).await.unwrap();
+            node.rollback(back(&id, &taken.manifest.id)).await.unwrap();
+            node.delete_snapshot(&taken.manifest.id).await.unwrap();
+            node.kill(&id).await.unwrap();
+            until("all is given back", || machine.remains().is_empty()).await;
+            end(node, &machine).await;
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_said_and_loses_nothing() {
+    let machine = Machine::new();
+    let (node, _) = machine.open().await;
+    let template = template(&node, &machine).await;
+    let id = sandbox(&node, &template).await;
+    let store = machine.path().join("data/store");
+    let before = std::fs::read_dir(store.join("snapshots")).unwrap().count();
+    // Files of ever smaller pieces, until not even one of those fits.
+    let ballast = store.join("ballast");
+    let mut file = std::fs::File::create(&ballast).unwrap();
+    for piece in [1 << 20, 4096, 512] {
+        while std::io::Write::write_all(&mut file, &vec![1; piece]).is_ok() {}
+    }
+    file.sync_all().ok();
+    let error = node.snapshot(&id, user()).await.unwrap_err();
+    assert!(error.is_capacity(), "{error}");
+    let order = TakeSnapshot::new(SnapshotKind::Pause);
+    let error = node.pause(&id, order).await.unwrap_err();
+    assert!(error.is_capacity(), "{error}");
+    assert_eq!(get(&node, &id, "/health").await.unwrap(), 204);
+    assert!(!machine.hypervisor.vm(&id).is_stopped());
+    assert_eq!(
+        std::fs::read_dir(store.join("snapshots")).unwrap().count(),
+        before
+    );
+    drop(file);
+    std::fs::remove_file(&ballast).unwrap();
+    let taken = node.snapshot(&id, user()).await.unwrap();
+    node.rollback(back(&id, &taken.manifest.id)).await.unwrap();
+    node.kill(&id).await.unwrap();
+    until("all is given back", || machine.remains().is_empty()).await;
+    end(node, &machine).await;
+}
