@@ -1,6 +1,6 @@
 //! One operation, measured over every combination of dirty memory and concurrency.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::collections::BTreeMap;
 
 use futures::future::try_join_all;
 
@@ -10,7 +10,7 @@ use super::{
     operations::{Operation, Sample},
     peers,
     report::{Cell, Report},
-    summary::{Summary, millis},
+    summary::Summary,
 };
 use crate::{
     cli::{BenchMatrix, Global},
@@ -102,13 +102,12 @@ async fn rounds<O: Operation>(
     let mut walls = Vec::new();
     for round in 0..options.warm_up + rounds {
         try_join_all(guests.iter().map(|guest| guest.dirty(client, dirty))).await?;
-        let began = Instant::now();
         let operate = guests
             .iter()
             .zip(&mut states)
             .map(|(guest, state)| O::operate(client, guest, state, concurrency));
         let mut round_samples = try_join_all(operate).await?;
-        let wall = millis(began);
+        let wall = wall(&round_samples);
         let follow = guests
             .iter()
             .zip(&mut states)
@@ -121,6 +120,14 @@ async fn rounds<O: Operation>(
         }
     }
     Ok(summarise(dirty, concurrency, samples, walls))
+}
+
+/// From the first call's begin to the last one's end, in milliseconds.
+fn wall(samples: &[Sample]) -> f64 {
+    let began = samples.iter().map(|sample| sample.call.0).min();
+    let ended = samples.iter().map(|sample| sample.call.1).max();
+    let span = ended.zip(began).map(|(ended, began)| ended - began);
+    span.unwrap_or_default().as_secs_f64() * 1e3
 }
 
 fn summarise(dirty: u32, concurrency: u32, samples: Vec<Sample>, walls: Vec<f64>) -> Cell {
@@ -158,12 +165,17 @@ fn summarise(dirty: u32, concurrency: u32, samples: Vec<Sample>, walls: Vec<f64>
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
     use crate::client::snapshots::Phase;
 
     #[test]
     fn samples_are_gathered_by_name() {
+        let now = Instant::now();
+        let after = |ms| now + Duration::from_millis(ms);
         let sample = |ms: f64, tier: &str| Sample {
+            call: (now, now),
             values: vec![
                 ("callMs", ms),
                 ("firstCommandMs", ms * 2.0),
@@ -183,5 +195,9 @@ mod tests {
         assert_eq!(cell.values["wallMs"].p50, 21.0);
         assert_eq!(cell.phases_ms["stop"].n, 2);
         assert_eq!(cell.tiers.len(), 2);
+        let mut both = [sample(1.0, "full"), sample(1.0, "full")];
+        both[0].call = (now, after(30));
+        both[1].call = (after(10), after(50));
+        assert_eq!(wall(&both), 50.0);
     }
 }

@@ -18,8 +18,10 @@ use crate::{
 const COPY_TIMEOUT: u32 = 300;
 
 /// Values of one operation, by names that end in their unit. A name may occur several times.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Sample {
+    /// When the call began and returned; what was measured after it is not part of it.
+    pub(super) call: (Instant, Instant),
     pub(super) values: Vec<(&'static str, f64)>,
     pub(super) phases: Vec<Phase>,
     /// How the memory was taken.
@@ -27,6 +29,18 @@ pub(super) struct Sample {
 }
 
 impl Sample {
+    /// A call that began then and has just returned.
+    fn called(began: Instant) -> Self {
+        let ended = Instant::now();
+        let ms = ended.duration_since(began).as_secs_f64() * 1e3;
+        Self {
+            call: (began, ended),
+            values: vec![("callMs", ms)],
+            phases: Vec::new(),
+            tier: None,
+        }
+    }
+
     fn add(&mut self, name: &'static str, value: f64) {
         self.values.push((name, value));
     }
@@ -109,10 +123,9 @@ impl Operation for Snapshot {
         state: &mut String,
         _: u32,
     ) -> Result<Sample, Error> {
-        let mut sample = Sample::default();
         let began = Instant::now();
         let taken = take(client, guest).await?;
-        sample.add("callMs", millis(began));
+        let mut sample = Sample::called(began);
         state.clone_from(&taken.snapshot_id);
         sample.taken(taken);
         Ok(sample)
@@ -166,10 +179,9 @@ impl Operation for Clone {
         copies: &mut Vec<Guest>,
         concurrency: u32,
     ) -> Result<Sample, Error> {
-        let mut sample = Sample::default();
         let began = Instant::now();
         let forked = client.fork(guest.id(), concurrency, COPY_TIMEOUT).await?;
-        sample.add("callMs", millis(began));
+        let mut sample = Sample::called(began);
         let mut failure = None;
         for outcome in forked.sandboxes {
             match (outcome.sandbox, outcome.error) {
@@ -222,10 +234,9 @@ impl Operation for Rollback {
         state: &mut String,
         _: u32,
     ) -> Result<Sample, Error> {
-        let mut sample = Sample::default();
         let began = Instant::now();
         let done = client.rollback(guest.id(), state).await?;
-        sample.add("callMs", millis(began));
+        let mut sample = Sample::called(began);
         sample.phases = done.phases;
         guest.run_true(client).await?;
         sample.add("firstCommandMs", millis(began));
@@ -252,10 +263,9 @@ impl Operation for Pause {
     type State = ();
 
     async fn operate(client: &Client, guest: &Guest, (): &mut (), _: u32) -> Result<Sample, Error> {
-        let mut sample = Sample::default();
         let began = Instant::now();
         let taken = client.pause(guest.id(), true, false).await?;
-        sample.add("callMs", millis(began));
+        let mut sample = Sample::called(began);
         sample.taken(taken);
         Ok(sample)
     }

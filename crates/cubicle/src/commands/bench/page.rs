@@ -59,6 +59,9 @@ fn page(reports: &[Report]) -> String {
                 peers.workload
             );
             page += &markdown(&peers.table());
+            for line in peers.missing() {
+                page += &format!("\n{line}.\n");
+            }
         }
     }
     page

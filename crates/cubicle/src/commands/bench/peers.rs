@@ -151,15 +151,20 @@ impl Peers {
     pub(super) fn print(&self) {
         println!("beside others, on {}; p50", self.workload);
         output::print_table(&self.table());
+        for line in self.missing() {
+            println!("{line}");
+        }
+    }
+
+    /// Of whom there are no numbers, and why.
+    pub(super) fn missing(&self) -> Vec<String> {
+        let missing = |peer: &Peer| Some(format!("{}: {}", peer.name, peer.missing.as_ref()?));
+        self.measured.iter().filter_map(missing).collect()
     }
 
     pub(super) fn table(&self) -> comfy_table::Table {
         let mut table = output::table(&["", "CHECKPOINT", "OVER OURS", "RESTORE", "OVER OURS"]);
-        for peer in &self.measured {
-            if let Some(why) = &peer.missing {
-                table.add_row([&peer.name, why]);
-                continue;
-            }
+        for peer in self.measured.iter().filter(|peer| peer.missing.is_none()) {
             let ms = |summary: &Option<Summary>| match summary {
                 Some(summary) => format!("{:.1} ms", summary.p50),
                 None => String::new(),
@@ -307,7 +312,11 @@ mod tests {
             .lines()
             .map(|line| line.trim_end().to_owned())
             .collect();
-        insta::assert_snapshot!(lines.join("\n"));
+        insta::assert_snapshot!(format!(
+            "{}\n{}",
+            lines.join("\n"),
+            peers.missing().join("\n")
+        ));
     }
 
     #[tokio::test]
