@@ -86,17 +86,21 @@ fn by_ioctl(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
             }
             return Err(error);
         }
-        for region in &regions[..usize::try_from(found).unwrap_or(0).min(REGIONS)] {
+        let found = &regions[..usize::try_from(found).unwrap_or(0).min(REGIONS)];
+        for region in found {
             push(
                 &mut runs,
                 region.start - source.address,
                 region.end - region.start,
             );
         }
-        if argument.walk_end <= at {
-            return Err(io::Error::other("the page scan does not advance"));
+        // `walk_end` is no help: after more regions than the kernel collects at a time (512), it is
+        // where one of those batches ended, and not the scan. But a scan ends early only when there
+        // is no more room for regions.
+        match found.last() {
+            Some(last) if found.len() == REGIONS => at = last.end,
+            _ => break,
         }
-        at = argument.walk_end;
     }
     Ok(runs)
 }
@@ -150,15 +154,15 @@ mod tests {
     const PAGES: usize = 64;
 
     /// A private mapping of a file in this process, some pages read, some written.
-    fn scan_of(read: &[usize], written: &[usize]) -> (Vec<Run>, Vec<Run>) {
+    fn scan_of(pages: usize, read: &[usize], written: &[usize]) -> (Vec<Run>, Vec<Run>) {
         let page = rustix::param::page_size();
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&vec![1; PAGES * page]).unwrap();
+        file.write_all(&vec![1; pages * page]).unwrap();
         // SAFETY: a fresh private mapping; unmapped below, after its last use.
         unsafe {
             let start = mmap(
                 std::ptr::null_mut(),
-                PAGES * page,
+                pages * page,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE,
                 &file,
@@ -175,14 +179,14 @@ mod tests {
             let source = Source {
                 pid: std::process::id(),
                 address: start as u64,
-                len: (PAGES * page) as u64,
+                len: (pages * page) as u64,
             };
             let pagemap = File::open("/proc/self/pagemap").unwrap();
             let found = (
                 by_ioctl(&pagemap, &source).expect("Linux 6.7 or later runs the tests"),
                 by_entries(&pagemap, &source).unwrap(),
             );
-            munmap(start.cast(), PAGES * page).unwrap();
+            munmap(start.cast(), pages * page).unwrap();
             found
         }
     }
@@ -204,6 +208,25 @@ mod tests {
         }
     }
 
+    /// As many runs as take the kernel several batches, and us several calls.
+    #[test]
+    fn many_runs_are_found_once() {
+        let page = rustix::param::page_size();
+        for written in [511, 512, 513, 800, REGIONS - 1, REGIONS, REGIONS + 1, 9001] {
+            let pages: Vec<_> = (0..written).map(|index| 2 * index).collect();
+            let (ioctl, entries) = scan_of(2 * written + 7, &[], &pages);
+            let expected: Vec<_> = pages
+                .iter()
+                .map(|index| Run {
+                    offset: (index * page) as u64,
+                    len: page as u64,
+                })
+                .collect();
+            assert!(ioctl == expected, "{written}: {} runs", ioctl.len());
+            assert!(entries == expected, "{written}: {} runs", entries.len());
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
@@ -216,7 +239,7 @@ mod tests {
             for index in &written {
                 push(&mut expected, *index as u64 * page, page);
             }
-            let (ioctl, entries) = scan_of(&read, &written.into_iter().collect::<Vec<_>>());
+            let (ioctl, entries) = scan_of(PAGES, &read, &written.into_iter().collect::<Vec<_>>());
             prop_assert_eq!(&ioctl, &expected);
             prop_assert_eq!(&entries, &expected);
         }
