@@ -208,9 +208,18 @@ fn egress(options: &NetworkOptions) -> Option<EgressPolicy> {
     (!policy.is_allow_all()).then_some(policy)
 }
 
-/// A VM that answers, in control's words.
+/// A VM that answers, in control's words. What was not done has no phase.
 fn told(created: cubicle_node::Created) -> Created {
-    let phases = created.timings.phases().into_iter();
+    let timings = created.timings;
+    let claimed = !timings.claim.is_zero();
+    let phases = timings
+        .phases()
+        .into_iter()
+        .filter(|(name, _)| match *name {
+            "claim" => claimed,
+            "volume" | "launch" | "restore" => !claimed,
+            _ => true,
+        });
     Created {
         generation: created.generation,
         phases: phases.map(|(name, took)| Phase { name, took }).collect(),

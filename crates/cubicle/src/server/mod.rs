@@ -164,15 +164,14 @@ pub(crate) async fn accelerator_verdict(data_dir: &Path) -> Result<Option<Verdic
 
 /// Name of the slot pool that belongs to a data directory: `cubicle` for the usual one.
 fn pool_name(data: &Path) -> cubicle_net::PoolName {
-    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+    use sha2::{Digest as _, Sha256};
     if data == Path::new(DEFAULT_DATA_DIR) {
         return cubicle_net::PoolName::default();
     }
-    let mut hasher = DefaultHasher::new();
-    data.hash(&mut hasher);
-    format!("cub{:05x}", hasher.finish() & 0xf_ffff)
-        .parse()
-        .unwrap_or_default()
+    // The same after every upgrade: what it names is found again by it.
+    let digest = Sha256::digest(data.as_os_str().as_encoded_bytes());
+    let number = u32::from_be_bytes([0, digest[0], digest[1], digest[2]]) & 0xf_ffff;
+    format!("cub{number:05x}").parse().unwrap_or_default()
 }
 
 impl Server {
