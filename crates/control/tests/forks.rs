@@ -390,6 +390,19 @@ async fn a_death_during_a_rollback_is_noticed() {
 }
 
 #[tokio::test]
+async fn a_death_is_noticed_also_if_a_rollback_begins_and_is_refused_just_then() {
+    let plane = Plane::new().await;
+    let sandboxes = &plane.control.sandboxes;
+    for reference in ["nothing", "base"] {
+        let sandbox = plane.sandbox().await;
+        plane.fleet.crash(&sandbox.id);
+        let refused = sandboxes.rollback(&sandbox.id, reference).await;
+        assert!(refused.is_err(), "{refused:?}");
+        plane.silence().await;
+    }
+}
+
+#[tokio::test]
 async fn its_time_comes_during_a_rollback() {
     let plane = Plane::new().await;
     let sandboxes = &plane.control.sandboxes;

@@ -69,9 +69,15 @@ impl Inner {
         let Some(entry) = self.registry.get(id) else {
             return;
         };
-        let ongoing = entry.slot.current();
-        if ongoing.is_some_and(|ongoing| ongoing.operation.ends_vm()) {
-            // Perhaps it was asked to end; see `look_after`.
+        if let Some(ongoing) = entry.slot.current()
+            && ongoing.operation.ends_vm()
+        {
+            // Perhaps it was asked to end. That is known when whoever may have asked has ended.
+            let inner = Arc::clone(self);
+            self.tasks.spawn(async move {
+                ongoing.made_room().await;
+                inner.look_after(&entry);
+            });
             return;
         }
         let current = |sandbox: &Sandbox| sandbox.generation == generation;
@@ -92,8 +98,7 @@ impl Inner {
         });
     }
 
-    /// After an operation that may end a VM, during which ends were not listened to: is the VM
-    /// that should be there?
+    /// After an operation that may have ended a VM: is the one that should be there?
     pub(super) fn look_after(self: &Arc<Self>, entry: &Entry) {
         let sandbox = entry.sandbox();
         if sandbox.state == State::Running

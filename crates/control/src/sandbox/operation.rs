@@ -32,8 +32,8 @@ impl Operation {
         }
     }
 
-    /// Whether the end of the sandbox's VM may be a part of it. It looks itself, at its end,
-    /// whether the VM that should be there is.
+    /// Whether the end of the sandbox's VM may be a part of it, so that news of one mean nothing
+    /// until it has ended.
     pub(crate) const fn ends_vm(self) -> bool {
         matches!(self, Self::Pause | Self::Rollback)
     }
