@@ -121,9 +121,12 @@ async fn serve_one(
         return Err(format!("the guest answered {}", response.status()));
     }
     let requests: BodyDataStream<Incoming> = BodyDataStream::new(response.into_body());
-    cubicle_share::serve(share.clone(), ALL.clone(), requests.boxed(), sender)
-        .await
-        .map_err(|error| error.to_string())
+    let served = cubicle_share::serve(share.clone(), ALL.clone(), requests.boxed(), sender);
+    match served.await {
+        // The life is over, as lives are.
+        Ok(()) | Err(cubicle_share::Error::Broken(_)) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Makes sure that all of these directories can be mounted, before anything is made for them.
