@@ -59,13 +59,16 @@ class Server:
                 command, stdout=subprocess.PIPE, stderr=stderr, text=True
             )
         deadline = time.monotonic() + READY_WITHIN
+        said = []
         for line in self.process.stdout:
+            said.append(line)
             if json.loads(line).get("event") == "ready":
                 return self
             if time.monotonic() > deadline:
                 break
         self.stop()
-        raise RuntimeError(f"`cubicle up` did not get ready:\n{self.log.read_text()[-4000:]}")
+        said.append(self.log.read_text()[-4000:])
+        raise RuntimeError(f"`cubicle up` did not get ready:\n{''.join(said)}")
 
     def kill_9(self) -> None:
         self.process.kill()
