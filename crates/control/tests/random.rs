@@ -204,7 +204,13 @@ async fn agree(plane: &Plane) {
             .collect()
     };
     // News of a crash may still be under way.
-    eventually("that sandboxes are VMs", || vms() == running()).await;
+    for _ in 0..1000 {
+        if vms() == running() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(vms(), running(), "every VM belongs to a sandbox that runs");
     let all = by_id(plane);
     let paused: BTreeSet<_> = all
         .values()

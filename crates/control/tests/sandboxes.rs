@@ -400,6 +400,23 @@ async fn a_restart_keeps_what_runs_and_cleans_up_the_rest() {
 }
 
 #[tokio::test]
+async fn what_nobody_wants_is_killed_however_often_that_takes() {
+    let plane = Plane::new().await;
+    let kept = plane.sandbox().await;
+    let plane = plane
+        .restart(|fleet| {
+            fleet.stray();
+            fleet.fail_kills(3);
+        })
+        .await;
+    assert_eq!((plane.reconciled.kept, plane.reconciled.strays), (1, 1));
+    eventually("its end", || {
+        plane.fleet.alive() == std::slice::from_ref(&kept.id)
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn samples_come_soon_and_go_on() {
     let plane = Plane::new().await;
     let sandboxes = &plane.control.sandboxes;

@@ -92,7 +92,7 @@ impl Inner {
             .line(id, Level::Error, "the virtual machine ended by itself", []);
         let inner = Arc::clone(self);
         self.tasks.spawn(async move {
-            if inner.release(&entry.sandbox()).await {
+            if inner.release(&entry.sandbox().id).await {
                 inner.forget(&entry, reason).await;
             }
         });
@@ -114,11 +114,11 @@ impl Inner {
             // Only a restart in this very moment would miss it, and then its timeout ends it.
             tracing::warn!(sandbox = %sandbox.id, %error, "the kill is not on record");
         }
-        let mut released = self.release(&sandbox).await;
+        let mut released = self.release(&sandbox.id).await;
         if let Some(ongoing) = entry.slot.current() {
             // The machine may have begun to restore it after it was told to release it.
             ongoing.made_room().await;
-            released = self.release(&sandbox).await;
+            released = self.release(&sandbox.id).await;
         }
         if !released {
             return;
@@ -129,10 +129,10 @@ impl Inner {
 
     /// Has the machine release everything of a sandbox, however often it takes to ask. False: the
     /// server stops first; its row says that it is to die, and the next start goes on from there.
-    pub(super) async fn release(&self, sandbox: &Sandbox) -> bool {
+    pub(super) async fn release(&self, id: &SandboxId) -> bool {
         let mut pause = RETRY_AFTER;
-        while let Err(error) = self.fleet.kill(&sandbox.id).await {
-            tracing::error!(sandbox = %sandbox.id, %error, "cannot release it, trying again");
+        while let Err(error) = self.fleet.kill(id).await {
+            tracing::error!(sandbox = %id, %error, "cannot release it, trying again");
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.stopping.cancelled() => return false,

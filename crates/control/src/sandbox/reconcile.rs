@@ -142,7 +142,10 @@ impl Inner {
             tracing::warn!(sandbox = %stray.id, "a virtual machine that nobody wants is killed");
             report.strays += 1;
             if let Err(error) = self.fleet.kill(&stray.id).await {
-                tracing::error!(sandbox = %stray.id, %error, "cannot kill it");
+                tracing::error!(sandbox = %stray.id, %error, "cannot kill it, trying again");
+                let inner = Arc::clone(self);
+                self.tasks
+                    .spawn(async move { inner.release(&stray.id).await });
             }
         }
         self.bury_the_dead().await;

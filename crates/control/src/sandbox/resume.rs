@@ -321,7 +321,7 @@ impl Inner {
         self.log.line(&before.id, Level::Error, message, []);
         if self.fleet.generation(&before.id).is_some() {
             // Half a restore. Nothing has used it, and the snapshot has all of it.
-            self.release(before).await;
+            self.release(&before.id).await;
         }
         let moved = entry.apply(Event::ResumeFailed, |sandbox| {
             sandbox.end_at = before.end_at
