@@ -15,10 +15,12 @@
 //! - Every file is whole. Nothing refers to another file, so there are no chains to walk or merge,
 //!   and snapshots are deleted in any order.
 //! - A snapshot appears by one atomic rename, after its manifest; a crash leaves it whole or absent.
-//! - At [`Store::open`], snapshot files without a catalog row are deleted and rows without intact
-//!   files are marked failed. What is failed is never handed out for a restore.
+//! - At [`Store::open`], snapshot files without a catalog row are deleted, and so are temporary
+//!   snapshots; rows without intact files are marked failed, and so is what was not durable when the
+//!   machine stopped. What is failed is never handed out for a restore.
 //! - Nothing between [`Store::begin_snapshot`] and the return of [`Draft::publish`] waits for a
-//!   disk (no fsync). A background thread makes the snapshot durable and records its checksums.
+//!   disk (no fsync). Background threads read ahead what the next restore needs, make the snapshot
+//!   durable, and record its checksums; of what it shares with its ancestors nothing is read again.
 //! - Blocks are shared or the caller was told that they are not: there is no silent full copy.
 
 pub mod backing;

@@ -16,7 +16,7 @@ use std::{
 };
 
 use common::{DataDir, fill, manifest, publish};
-use cubicle_cow::{DiskShape, Error, SnapshotKind, SnapshotState, Store};
+use cubicle_cow::{DiskShape, Error, Manifest, SnapshotKind, SnapshotState, Store};
 use cubicle_ids::SnapshotId;
 use proptest::prelude::*;
 
@@ -90,6 +90,15 @@ async fn torn(part: &str, damage: Damage, restart: bool) {
         store = data.open().await.0;
     } else {
         damage.inflict(&path);
+    }
+    if part == "manifest.json" {
+        // A letter of a field that is empty anyway: the manifest still says the same.
+        let text = fs::read(&path).unwrap_or_default();
+        let known = store.entry(&hurt).unwrap().manifest;
+        if Manifest::parse(&text, &path).is_ok_and(|read| read == *known) {
+            store.verify(&hurt).await.unwrap();
+            return store.close().await;
+        }
     }
     if damage.shows(part) {
         assert!(is_failed(store.snapshot(&hurt)), "restorable as it is");
