@@ -37,7 +37,7 @@ mod process;
 pub mod qemu;
 mod remains;
 pub mod spec;
-mod tsc;
+pub mod tsc;
 
 pub use error::{Error, Result};
 pub use spec::{

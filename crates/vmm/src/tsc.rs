@@ -21,7 +21,8 @@ const TRIES: usize = 16;
 
 /// Frequency of the time stamp counter in kHz; measured at the first call, which blocks for 40 ms
 /// where the hypervisor beneath the host does not tell.
-pub(crate) fn khz() -> u64 {
+#[must_use]
+pub fn khz() -> u64 {
     static KHZ: OnceLock<u64> = OnceLock::new();
     *KHZ.get_or_init(|| told_by_hypervisor().unwrap_or_else(measure))
 }

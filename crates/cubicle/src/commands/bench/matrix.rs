@@ -47,7 +47,7 @@ pub(super) async fn run<O: Operation>(
     }
     bar.finish_and_clear();
     if !options.no_peers {
-        report.peers = Some(peers::measure(&client, &options).await?);
+        report.peers = Some(peers::measure(&client, &options, &global.data_dir).await?);
     }
     if global.json {
         output::print_json(&report);

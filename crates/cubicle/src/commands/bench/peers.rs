@@ -6,6 +6,7 @@
 
 mod criu;
 mod gvisor;
+mod qemu;
 
 use std::{
     path::{Path, PathBuf},
@@ -100,7 +101,11 @@ impl Peer {
 }
 
 /// Measures ourselves and every peer that is installed.
-pub(super) async fn measure(client: &Client, options: &BenchMatrix) -> Result<Peers, Error> {
+pub(super) async fn measure(
+    client: &Client,
+    options: &BenchMatrix,
+    data_dir: &Path,
+) -> Result<Peers, Error> {
     let rounds = options.count.min(10);
     let own = match ours(client, &options.template, rounds).await {
         Ok(times) => Peer::of("cubicle", None, Ok(times)),
@@ -108,7 +113,12 @@ pub(super) async fn measure(client: &Client, options: &BenchMatrix) -> Result<Pe
         Err(error) => return Err(error),
     };
     let mut measured = vec![own];
-    for (name, program) in [("gVisor", "runsc"), ("CRIU", "criu")] {
+    let peers = [
+        ("QEMU savevm (tcg)", "qemu-system-x86_64"),
+        ("gVisor", "runsc"),
+        ("CRIU", "criu"),
+    ];
+    for (name, program) in peers {
         let Some(path) = installed(program) else {
             measured.push(Peer::missing(name, "not installed"));
             continue;
@@ -119,6 +129,9 @@ pub(super) async fn measure(client: &Client, options: &BenchMatrix) -> Result<Pe
             std::env::temp_dir().join(format!("cubicle-bench-{program}-{}", std::process::id()));
         let outcome = match fresh(&dir) {
             Ok(()) if program == "runsc" => gvisor::measure(&path, &dir, rounds).await,
+            Ok(()) if program == "qemu-system-x86_64" => {
+                qemu::measure(&path, &data_dir.join("images"), &dir, rounds).await
+            }
             Ok(()) => criu::measure(&path, &dir, rounds).await,
             Err(why) => Err(why),
         };
