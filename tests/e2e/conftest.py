@@ -113,6 +113,17 @@ class Server:
         with self.http() as http:
             http.delete(f"/sandboxes/{sandbox['sandboxID']}")
 
+    def clear(self) -> list[str]:
+        """Removes all sandboxes and snapshots; returns what there was."""
+        with self.http() as http:
+            sandboxes = [each["sandboxID"] for each in http.get("/v2/sandboxes").json()]
+            snapshots = [each["snapshotID"] for each in http.get("/snapshots").json()]
+            for id in sandboxes:
+                http.delete(f"/sandboxes/{id}")
+            for id in snapshots:
+                http.delete(f"/templates/{id}")
+        return sandboxes + snapshots
+
 
 def require_machine() -> None:
     """These tests are about real VMs: without root there are none, and that must not look green."""
@@ -127,9 +138,25 @@ def server():
     require_machine()
     SHARED.mkdir(exist_ok=True)
     server = Server(DATA_DIR, free_port(), ["--host-mount-allow", str(SHARED)]).start()
+    # An earlier run may have been interrupted.
+    server.clear()
     yield server
     server.stop()
     shutil.rmtree(SHARED)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    """A test leaves no sandbox and no snapshot to the next one."""
+    if "server" not in request.fixturenames:
+        yield
+        return
+    server = request.getfixturevalue("server")
+    yield
+    # A class of tests may run another server meanwhile.
+    if server.process.poll() is None:
+        left = server.clear()
+        assert not left, f"the test leaves {left}"
 
 
 @pytest.fixture

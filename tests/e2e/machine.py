@@ -24,18 +24,17 @@ def _nft() -> int:
     return len(listing) + elements
 
 
-def vms() -> dict[int, str]:
-    """The VMs of this machine's sandboxes: process id and sandbox."""
-    found = {}
+def vms() -> set[int]:
+    """The processes that run VMs: those of sandboxes, and those that wait for a sandbox to come."""
+    found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
+                program = (entry / "cmdline").read_bytes().split(b"\0")[0]
             except OSError:
                 continue
-            if words[0].endswith(b"qemu-system-x86_64") and b"-name" in words:
-                name = words[words.index(b"-name") + 1].decode()
-                found[int(entry.name)] = name.removeprefix("guest=").split(",")[0]
+            if program.endswith(b"qemu-system-x86_64"):
+                found.add(int(entry.name))
     return found
 
 

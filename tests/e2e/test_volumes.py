@@ -226,6 +226,7 @@ def test_mounts_survive_rollback_and_clone(server, both, host):
         until_seen(server, both, "tail -n 3 /data/log", "child-0\nchild-1\nchild-2\n")
         for child in [*children, heir]:
             http.delete(f"/sandboxes/{child}")
+        assert http.delete(f"/templates/{snapshot}").status_code == 204
 
 
 def test_nothing_is_left(server, volume, host):

@@ -9,6 +9,8 @@
     reason = "a broken world ends the test"
 )]
 
+pub mod world;
+
 use std::{
     path::{Path, PathBuf},
     process::Command,
@@ -40,6 +42,8 @@ static POOLS: AtomicU8 = AtomicU8::new(0);
 pub struct Machine {
     dir: Option<TempDir>,
     pub network: bool,
+    /// Most slots that there may be.
+    pub slots: usize,
     pool: u8,
 }
 
@@ -53,6 +57,7 @@ impl Machine {
         Self {
             dir: Some(dir),
             network,
+            slots: 64,
             pool: POOLS.fetch_add(1, Ordering::Relaxed),
         }
     }
@@ -86,8 +91,8 @@ impl Machine {
                 .parse()
                 .unwrap(),
             run_dir: self.path().join("run"),
-            size_min: 4,
-            size_max: 64,
+            size_min: self.slots.min(4),
+            size_max: self.slots,
             subnet: format!("10.{}.{}.0/24", 100 + number % 100, self.pool)
                 .parse()
                 .unwrap(),
