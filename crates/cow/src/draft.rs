@@ -1,10 +1,8 @@
 //! A snapshot in the making.
 
 use std::{
-    fs::File,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
-    sync::OnceLock,
 };
 
 use cubicle_ids::SnapshotId;
@@ -12,11 +10,12 @@ use cubicle_ids::SnapshotId;
 use crate::{
     error::{Context as _, Error, Result},
     manifest::{FORMAT_VERSION, Manifest, Part, SnapshotKind},
-    memory::{self, Base, Dirty, MemoryReport},
+    memory::{self, Base, Dirty, MemoryReport, Run},
     reflink,
-    snapshot::{DEVICE_STATE, MANIFEST, MEMORY, Snapshot},
+    snapshot::{DEVICE_STATE, MANIFEST, MEMORY, Snapshot, WORKING_SET},
     store::{Store, uncancelled},
     volume::disk_file,
+    working_set,
 };
 
 /// A directory that becomes a snapshot with [`Draft::publish`]. Dropped without that, it is
@@ -27,8 +26,6 @@ pub struct Draft {
     id: SnapshotId,
     kind: SnapshotKind,
     dir: PathBuf,
-    /// The image that the memory was laid over.
-    base: OnceLock<File>,
     published: bool,
 }
 
@@ -44,7 +41,6 @@ impl Draft {
             id,
             kind,
             dir,
-            base: OnceLock::new(),
             published: false,
         })
     }
@@ -97,16 +93,16 @@ impl Draft {
         base: impl Into<Base<'a>>,
         dirty: &Dirty,
     ) -> Result<MemoryReport> {
-        let (report, base) = memory::write_image_over(
-            self.store.support(),
-            base.into(),
-            dirty,
-            &self.memory_image(),
-        )?;
-        if let Some(base) = base {
-            let _ = self.base.set(base);
-        }
-        Ok(report)
+        memory::write_image(self.store.support(), base, dirty, &self.memory_image())
+    }
+
+    /// Notes the pages that the VM works with ([`memory::in_use`]), for [`Snapshot::read_ahead`].
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn note_working_set(&self, runs: &[Run]) -> Result<()> {
+        let path = self.dir.join(WORKING_SET);
+        std::fs::write(&path, working_set::encode(runs)).at("write", &path)
     }
 
     /// Makes the draft a snapshot. It can be restored when this returns; it is made durable in the
@@ -121,8 +117,7 @@ impl Draft {
         uncancelled(async move {
             // All of it moves in here: dropped elsewhere it would remove what is being published.
             let mut draft = self;
-            let base = draft.base.take();
-            let snapshot = draft.store.publish(&draft.dir, manifest, base).await?;
+            let snapshot = draft.store.publish(&draft.dir, manifest).await?;
             draft.published = true;
             Ok(snapshot)
         })
@@ -171,7 +166,7 @@ impl Draft {
             return Err(incomplete("it would hold nothing".to_owned()));
         } else if let Some(part) = parts
             .iter()
-            .find(|part| [MEMORY, DEVICE_STATE].contains(&part.name.as_str()))
+            .find(|part| [MEMORY, WORKING_SET, DEVICE_STATE].contains(&part.name.as_str()))
         {
             return Err(incomplete(format!(
                 "{} is there, and the manifest says that there is no memory",

@@ -36,8 +36,8 @@ pub mod reflink;
 mod snapshot;
 mod store;
 mod volume;
-mod warm;
 mod worker;
+mod working_set;
 
 pub use backing::{BackingConfig, StoreInfo, StoreKind, StoreRoot};
 pub use draft::Draft;

@@ -7,11 +7,18 @@ use std::{
 
 use cubicle_ids::SnapshotId;
 
-use crate::{manifest::Manifest, volume::disk_file};
+use crate::{
+    error::{Context as _, Result},
+    manifest::Manifest,
+    volume::disk_file,
+    worker::Stop,
+    working_set,
+};
 
 /// File names in a snapshot's directory.
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const MEMORY: &str = "memory.img";
+pub(crate) const WORKING_SET: &str = "memory.used";
 pub(crate) const DEVICE_STATE: &str = "device.state";
 
 /// A snapshot that can be restored. A handle only: it does not keep the files from deletion, and
@@ -51,6 +58,18 @@ impl Snapshot {
     #[must_use]
     pub fn memory_image(&self) -> PathBuf {
         self.dir.join(MEMORY)
+    }
+
+    /// Has the kernel read what a restore asks for first, as far as that is known and not in the page
+    /// cache. Returns for how many bytes it asked; reading goes on after that. Blocking for some
+    /// milliseconds: meant to be done while the VM's process is started.
+    ///
+    /// # Errors
+    /// If the image or the list of pages cannot be read. A restore works without.
+    pub fn read_ahead(&self) -> Result<u64> {
+        let image = self.memory_image();
+        working_set::read_ahead(&image, &self.dir.join(WORKING_SET), &Stop::default())
+            .at("read ahead", &image)
     }
 
     /// The state of the VM's devices, in the hypervisor driver's own format; not there unless

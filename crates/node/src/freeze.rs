@@ -15,7 +15,7 @@ use std::{
 
 use cubicle_cow::{
     DiskShape, Draft, Manifest, Snapshot,
-    memory::{Buffer, Dirty, MemoryReport, Source},
+    memory::{Buffer, Dirty, MemoryReport, Source, in_use},
 };
 use cubicle_ids::SandboxId;
 use cubicle_vmm::{Disk, Vm};
@@ -114,11 +114,17 @@ pub(crate) async fn freeze(
         None => None,
     };
     let store = node.store.clone();
+    let draft = Arc::new(draft);
+    let noted = draft.clone();
     let capture = blocking(move || {
         writable.iter().try_for_each(|path| write_back(path))?;
         let Some((memory, source)) = capture else {
             return Ok(None);
         };
+        // A VM that was booted has used much that no restore of it will.
+        if memory.was_restored() {
+            noted.note_working_set(&in_use(&source)?)?;
+        }
         let buffer = store.resident_buffer(memory.room(&source)?)?;
         Ok(Some(Capture {
             memory,
@@ -129,7 +135,6 @@ pub(crate) async fn freeze(
     .await?;
     timings.prepare = begun.elapsed();
 
-    let draft = Arc::new(draft);
     let begun = Instant::now();
     let captured = contained(id, async {
         node.failpoints.pass("freeze/pause").await?;

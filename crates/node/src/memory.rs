@@ -19,6 +19,7 @@ pub(crate) struct Memory {
     /// The image that the VM was started from or last captured as; held open, so that it may be
     /// deleted. `None`: it was booted, and what it has not written is zero.
     image: Option<Arc<File>>,
+    restored: bool,
 }
 
 impl Memory {
@@ -28,6 +29,7 @@ impl Memory {
         Ok(Self {
             tracker: Arc::new(Mutex::new(Tracker::new(choice)?)),
             image: Some(Arc::new(image)),
+            restored: true,
         })
     }
 
@@ -36,6 +38,7 @@ impl Memory {
         Ok(Self {
             tracker: Arc::new(Mutex::new(Tracker::new(choice)?)),
             image: None,
+            restored: false,
         })
     }
 
@@ -57,6 +60,7 @@ impl Memory {
         Ok(Self {
             tracker: Arc::new(Mutex::new(Tracker::new(choice)?)),
             image: is_image.then(|| Arc::new(image)),
+            restored: is_image,
         })
     }
 
@@ -69,6 +73,12 @@ impl Memory {
     /// Copies what has been written. Blocking; the VM must stand still.
     pub(crate) fn capture(&self, source: &Source, buffer: Buffer) -> Result<Dirty> {
         Ok(self.tracker().capture(source, buffer)?)
+    }
+
+    /// Whether the VM was restored, so that what it has used since is what it needs, and not what its
+    /// boot needed.
+    pub(crate) fn was_restored(&self) -> bool {
+        self.restored
     }
 
     /// What captured pages are laid over.

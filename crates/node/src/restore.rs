@@ -207,6 +207,7 @@ pub(crate) async fn restore(
             boot,
         )
     };
+    read_ahead(order.snapshot);
     node.failpoints.pass("create/launch").await?;
     let launching = node
         .hypervisor
@@ -254,6 +255,19 @@ pub(crate) async fn restore(
         },
         timings,
     })
+}
+
+/// Has the kernel read what the guest will ask for, while its VM is started. Nobody waits for it.
+fn read_ahead(snapshot: &Snapshot) {
+    if snapshot.has_memory() {
+        let snapshot = snapshot.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = snapshot.read_ahead() {
+                // It may have been deleted since: that is no reason for a word.
+                tracing::debug!(snapshot = %snapshot.id(), %error, "not read ahead");
+            }
+        });
+    }
 }
 
 /// How the VM starts, what becomes of its memory, and how long its guest may take to answer.

@@ -105,6 +105,21 @@ pub(super) fn anonymous_runs(source: &Source) -> Result<Vec<Run>> {
     })
 }
 
+/// The pages that a VM has read or written since it was started, a little more than it needs: what a
+/// VM that is restored from its next snapshot will ask for first. The VM may run; what it uses
+/// meanwhile may be missing. Blocking for a millisecond or two.
+///
+/// # Errors
+/// [`Error::Memory`] if the process is gone or may not be looked at.
+pub fn in_use(source: &Source) -> Result<Vec<Run>> {
+    check(source)?;
+    scan::used_runs(source).map_err(|error| Error::Memory {
+        attempt: "find the pages in use",
+        pid: source.pid,
+        source: error,
+    })
+}
+
 /// All of the range.
 pub(super) fn whole(source: &Source) -> Vec<Run> {
     let all = Run {

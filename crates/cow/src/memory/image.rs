@@ -39,18 +39,8 @@ pub fn write_image<'a>(
     dirty: &Dirty,
     to: &Path,
 ) -> Result<MemoryReport> {
-    write_image_over(support, base.into(), dirty, to).map(|(report, _)| report)
-}
-
-/// [`write_image`], which also returns the base that it has opened.
-pub(crate) fn write_image_over(
-    support: &Support,
-    base: Base<'_>,
-    dirty: &Dirty,
-    to: &Path,
-) -> Result<(MemoryReport, Option<File>)> {
     let started = Instant::now();
-    let base = base.open()?;
+    let base = base.into().open()?;
     let target = create_new(to)?;
     fill(support, base.as_ref(), dirty, &target, to)
         .map(|report| MemoryReport {
@@ -60,7 +50,6 @@ pub(crate) fn write_image_over(
         .inspect_err(|_| {
             let _ = std::fs::remove_file(to);
         })
-        .map(|report| (report, base.map(|(file, _)| file)))
 }
 
 fn fill(

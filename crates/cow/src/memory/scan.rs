@@ -45,19 +45,46 @@ const ENTRY_PRESENT: u64 = 1 << 63;
 /// Runs returned by one call of the scan.
 const REGIONS: usize = 4096;
 
+/// Which pages of a private mapping of a file are looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// Those that were written, and are the process's own; one that was swapped out is no less so.
+    Written,
+    /// Those that are in memory, written or only read.
+    Used,
+}
+
 /// The private anonymous pages of the range, as runs in ascending order that never touch.
 pub(super) fn dirty_runs(source: &Source) -> io::Result<Vec<Run>> {
+    find(source, Which::Written)
+}
+
+/// The pages of the range that have been used and are in memory, as such runs. With them come some of
+/// their neighbours, which the kernel maps along.
+pub(super) fn used_runs(source: &Source) -> io::Result<Vec<Run>> {
+    find(source, Which::Used)
+}
+
+fn find(source: &Source, which: Which) -> io::Result<Vec<Run>> {
     let pagemap = File::open(format!("/proc/{}/pagemap", source.pid))?;
-    match by_ioctl(&pagemap, source) {
+    match by_ioctl(&pagemap, source, which) {
         // The kernel is older than the request.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
-            by_entries(&pagemap, source)
+            by_entries(&pagemap, source, which)
         }
         outcome => outcome,
     }
 }
 
-fn by_ioctl(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
+fn by_ioctl(pagemap: &File, source: &Source, which: Which) -> io::Result<Vec<Run>> {
+    let (inverted, mask, any_of) = match which {
+        Which::Written => (
+            PAGE_IS_FILE,
+            PAGE_IS_FILE,
+            PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        ),
+        Which::Used => (0, PAGE_IS_PRESENT, 0),
+    };
     let end = source.address + source.len;
     let mut regions = vec![PageRegion::default(); REGIONS];
     let mut runs = Vec::new();
@@ -69,11 +96,11 @@ fn by_ioctl(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: REGIONS as u64,
-            category_inverted: PAGE_IS_FILE,
-            category_mask: PAGE_IS_FILE,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            category_inverted: inverted,
+            category_mask: mask,
+            category_anyof_mask: any_of,
             // Regions are merged only while what is returned is equal: ask for what all share.
-            return_mask: PAGE_IS_FILE,
+            return_mask: mask,
             ..ScanArgument::default()
         };
         // SAFETY: the argument has the layout and size that the kernel expects, and `vec` points to
@@ -105,7 +132,7 @@ fn by_ioctl(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
     Ok(runs)
 }
 
-fn by_entries(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
+fn by_entries(pagemap: &File, source: &Source, which: Which) -> io::Result<Vec<Run>> {
     let page = rustix::param::page_size() as u64;
     let (first, count) = (source.address / page, source.len / page);
     let mut entries = vec![0_u8; 8 << 16];
@@ -121,7 +148,7 @@ fn by_entries(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
             let mut word = [0; 8];
             word.copy_from_slice(entry);
             let entry = u64::from_ne_bytes(word);
-            if is_anonymous(entry) {
+            if which.is(entry) {
                 push(&mut runs, (done + index as u64) * page, page);
             }
         }
@@ -130,9 +157,16 @@ fn by_entries(pagemap: &File, source: &Source) -> io::Result<Vec<Run>> {
     Ok(runs)
 }
 
-/// Whether a page is private and anonymous, by its entry; one that was swapped out is no less so.
-fn is_anonymous(entry: u64) -> bool {
-    entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE_OR_SHARED == 0
+impl Which {
+    /// Whether a page is one of these, by its entry.
+    fn is(self, entry: u64) -> bool {
+        match self {
+            Self::Written => {
+                entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE_OR_SHARED == 0
+            }
+            Self::Used => entry & ENTRY_PRESENT != 0,
+        }
+    }
 }
 
 pub(super) fn push(runs: &mut Vec<Run>, offset: u64, len: u64) {
@@ -154,7 +188,12 @@ mod tests {
     const PAGES: usize = 64;
 
     /// A private mapping of a file in this process, some pages read, some written.
-    fn scan_of(pages: usize, read: &[usize], written: &[usize]) -> (Vec<Run>, Vec<Run>) {
+    fn scan_of(
+        which: Which,
+        pages: usize,
+        read: &[usize],
+        written: &[usize],
+    ) -> (Vec<Run>, Vec<Run>) {
         let page = rustix::param::page_size();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; pages * page]).unwrap();
@@ -183,8 +222,8 @@ mod tests {
             };
             let pagemap = File::open("/proc/self/pagemap").unwrap();
             let found = (
-                by_ioctl(&pagemap, &source).expect("Linux 6.7 or later runs the tests"),
-                by_entries(&pagemap, &source).unwrap(),
+                by_ioctl(&pagemap, &source, which).expect("Linux 6.7 or later runs the tests"),
+                by_entries(&pagemap, &source, which).unwrap(),
             );
             munmap(start.cast(), pages * page).unwrap();
             found
@@ -204,7 +243,7 @@ mod tests {
             (ENTRY_PRESENT | 1 << 55 | 1 << 56, true),
             (1 << 55, false),
         ] {
-            assert_eq!(is_anonymous(entry), expected, "{entry:x}");
+            assert_eq!(Which::Written.is(entry), expected, "{entry:x}");
         }
     }
 
@@ -214,7 +253,7 @@ mod tests {
         let page = rustix::param::page_size();
         for written in [511, 512, 513, 800, REGIONS - 1, REGIONS, REGIONS + 1, 9001] {
             let pages: Vec<_> = (0..written).map(|index| 2 * index).collect();
-            let (ioctl, entries) = scan_of(2 * written + 7, &[], &pages);
+            let (ioctl, entries) = scan_of(Which::Written, 2 * written + 7, &[], &pages);
             let expected: Vec<_> = pages
                 .iter()
                 .map(|index| Run {
@@ -239,9 +278,30 @@ mod tests {
             for index in &written {
                 push(&mut expected, *index as u64 * page, page);
             }
-            let (ioctl, entries) = scan_of(PAGES, &read, &written.into_iter().collect::<Vec<_>>());
+            let written: Vec<_> = written.into_iter().collect();
+            let (ioctl, entries) = scan_of(Which::Written, PAGES, &read, &written);
             prop_assert_eq!(&ioctl, &expected);
             prop_assert_eq!(&entries, &expected);
+        }
+
+        /// What is read brings neighbours along, so that more may be found, and never less.
+        #[test]
+        fn both_ways_find_every_page_in_use(
+            read in proptest::collection::btree_set(0..PAGES, 0..PAGES),
+            written in proptest::collection::btree_set(0..PAGES, 0..PAGES),
+        ) {
+            let page = rustix::param::page_size() as u64;
+            let (reads, writes) = (Vec::from_iter(read.clone()), Vec::from_iter(written.clone()));
+            let (ioctl, entries) = scan_of(Which::Used, PAGES, &reads, &writes);
+            prop_assert_eq!(&ioctl, &entries);
+            let found = |index: usize| {
+                let at = index as u64 * page;
+                ioctl.iter().any(|run| (run.offset..run.offset + run.len).contains(&at))
+            };
+            prop_assert!(read.union(&written).all(|index| found(*index)));
+            if read.is_empty() {
+                prop_assert_eq!(ioctl.iter().map(|run| run.len / page).sum::<u64>(), written.len() as u64);
+            }
         }
     }
 }

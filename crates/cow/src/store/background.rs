@@ -1,16 +1,15 @@
 //! What is done for a snapshot after it was published.
 
 use std::{
-    fs::File,
     io,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use crate::{
     flush::{Check, Done, Flush, Job, Known, begin_write_back, work},
-    snapshot::MEMORY,
-    warm,
+    snapshot::{MEMORY, WORKING_SET},
     worker::Worker,
+    working_set,
 };
 
 /// Two threads: one makes the next restore and the next snapshot fast, the other makes the snapshot
@@ -25,8 +24,8 @@ pub(super) struct Background {
 #[derive(Debug)]
 pub(super) struct Published {
     pub(super) job: Flush,
-    /// The image that its memory was laid over.
-    pub(super) base: Option<File>,
+    /// It was published just now, and may be restored next.
+    pub(super) new: bool,
 }
 
 impl Background {
@@ -41,15 +40,16 @@ impl Background {
         let flusher = Arc::new(Mutex::new(flusher));
         let next = Arc::clone(&flusher);
         let warmer = Worker::start("snapshot-warm", move |published: Published, stop| {
-            let Published { job, base } = published;
+            let Published { job, new } = published;
             let image = job.dir.join(MEMORY);
-            begin_write_back(&image);
-            if let Some(base) = base
-                && let Err(error) = warm::read_ahead(&base, &image, stop)
+            if new
+                && let Err(error) =
+                    working_set::read_ahead(&image, &job.dir.join(WORKING_SET), stop)
             {
                 // It may have been deleted already.
                 tracing::debug!(snapshot = %job.id, %error, "not read ahead");
             }
+            begin_write_back(&image);
             next.lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(Job::Flush(job));

@@ -277,8 +277,8 @@ impl Store {
         self.inner.snapshots.join(id.as_str())
     }
 
-    /// Has a snapshot flushed and its memory read ahead as far as `base` is cached.
-    fn finish_later(&self, manifest: &Manifest, base: Option<File>) {
+    /// Has a snapshot flushed, and the working set of its memory read ahead if it is new.
+    fn finish_later(&self, manifest: &Manifest, new: bool) {
         let parts = manifest.parts.iter().map(|part| part.name.clone());
         let job = Flush {
             id: manifest.id.clone(),
@@ -295,7 +295,7 @@ impl Store {
             .background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(Published { job, base });
+            .push(Published { job, new });
     }
 
     /// Has a snapshot compared with its checksums.

@@ -1,7 +1,6 @@
 //! Snapshots from their beginning to their deletion.
 
 use std::{
-    fs::File,
     io,
     path::Path,
     sync::{Arc, PoisonError},
@@ -176,12 +175,7 @@ impl Store {
     }
 
     /// Moves a complete draft into place and records it.
-    pub(crate) async fn publish(
-        &self,
-        draft: &Path,
-        manifest: Manifest,
-        base: Option<File>,
-    ) -> Result<Snapshot> {
+    pub(crate) async fn publish(&self, draft: &Path, manifest: Manifest) -> Result<Snapshot> {
         let inner = &self.inner;
         let manifest = Arc::new(manifest);
         let id = &manifest.id;
@@ -207,7 +201,7 @@ impl Store {
             state: SnapshotState::Published { durable: false },
         };
         self.entries_mut(|entries| entries.insert(id.clone(), entry));
-        self.finish_later(&manifest, base);
+        self.finish_later(&manifest, true);
         Ok(Snapshot { dir, manifest })
     }
 }

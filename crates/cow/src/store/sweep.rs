@@ -64,7 +64,7 @@ impl Store {
                 None => {
                     report.usable += 1;
                     if !durable {
-                        self.finish_later(&entry.manifest, None);
+                        self.finish_later(&entry.manifest, false);
                     } else if interrupted {
                         // A disk that lied about a flush has the size right and not the content.
                         self.check_later(&id).await?;
