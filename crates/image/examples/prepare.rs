@@ -1,10 +1,10 @@
-//! Makes a kernel, an initramfs and the root file system `base`, to be booted by hand:
+//! Makes a kernel, an initramfs and the root file system of a recipe, to be booted by hand:
 //!
 //! ```sh
-//! cargo run -p cubicle-image --example prepare -- IMAGE_DIRECTORY [KERNEL_PACKAGE]
+//! cargo run -p cubicle-image --example prepare -- IMAGE_DIRECTORY [RECIPE [KERNEL_PACKAGE]]
 //! ```
 //!
-//! `CUBICLE_GUEST` names the guest daemon.
+//! `CUBICLE_GUEST` names the guest daemon. With `-` for the kernel, only the root file system is made.
 
 use std::{env, error::Error, path::Path};
 
@@ -15,7 +15,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = env::args().skip(1);
     let directory = arguments.next().ok_or("say where the images shall be")?;
     let directory = Path::new(&directory);
-    let source = arguments.next().map_or_else(KernelSource::default, |name| {
+    let recipe = arguments.next().unwrap_or_else(|| "base".into());
+    let recipe =
+        Recipe::by_name(&recipe).ok_or_else(|| format!("no recipe is called `{recipe}`"))?;
+    let wanted = arguments.next();
+    let no_kernel = wanted.as_deref() == Some("-");
+    let source = wanted.map_or_else(KernelSource::default, |name| {
         // A path is told from the name of a package by its slash.
         if name.contains('/') {
             KernelSource::File {
@@ -36,17 +41,25 @@ async fn main() -> Result<(), Box<dyn Error>> {
             eprintln!("{:<16} {percent}{}", event.step.name(), event.message);
         }
     });
-    let kernel = prepare_kernel(directory, &source, &GuestBinary::locate()?, &progress).await?;
-    let rootfs = build_rootfs(&Recipe::base(), directory, &progress).await?;
+    let kernel = if no_kernel {
+        None
+    } else {
+        let guest = GuestBinary::locate()?;
+        Some(prepare_kernel(directory, &source, &guest, &progress).await?)
+    };
+    let rootfs = build_rootfs(&recipe, directory, &progress).await;
     drop(progress);
     printer.await?;
+    let rootfs = rootfs?;
 
-    println!(
-        "kernel     {} ({})",
-        kernel.vmlinux.display(),
-        kernel.version
-    );
-    println!("initramfs  {}", kernel.initramfs.display());
+    if let Some(kernel) = kernel {
+        println!(
+            "kernel     {} ({})",
+            kernel.vmlinux.display(),
+            kernel.version
+        );
+        println!("initramfs  {}", kernel.initramfs.display());
+    }
     println!(
         "rootfs     {} ({} MB)",
         rootfs.image.display(),

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     command::Program,
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The distributions whose packages Cubicle knows how to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Distribution {
     /// Debian, and systems that are made of its packages.
@@ -23,6 +23,14 @@ pub enum Distribution {
 }
 
 impl Distribution {
+    /// What it is called, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Distribution::Debian => "Debian",
+            Distribution::Ubuntu => "Ubuntu",
+        }
+    }
+
     /// Kernel packages begin with `linux-image-<digit>` and end like this.
     fn kernel_flavour(self) -> &'static str {
         match self {

@@ -25,7 +25,9 @@ pub(crate) struct Program {
     name: &'static str,
     package: &'static str,
     purpose: &'static str,
+    known_as: &'static str,
     isolated: bool,
+    clean: bool,
     args: Vec<OsString>,
     env: Vec<(&'static str, OsString)>,
     directory: Option<PathBuf>,
@@ -39,7 +41,9 @@ impl Program {
             name,
             package,
             purpose,
+            known_as: name,
             isolated: false,
+            clean: false,
             args: Vec::new(),
             env: Vec::new(),
             directory: None,
@@ -71,6 +75,18 @@ impl Program {
     /// Appends all output to a file.
     pub(crate) fn log(mut self, path: &Path) -> Program {
         self.log = Some(path.to_owned());
+        self
+    }
+
+    /// What an error calls the program, where what is started is only what starts it.
+    pub(crate) fn known_as(mut self, name: &'static str) -> Program {
+        self.known_as = name;
+        self
+    }
+
+    /// Passes nothing of this process's environment on.
+    pub(crate) fn clean(mut self) -> Program {
+        self.clean = true;
         self
     }
 
@@ -159,6 +175,9 @@ impl Program {
         } else {
             Command::new(self.name)
         };
+        if self.clean {
+            command.env_clear();
+        }
         command
             .args(&self.args)
             .env("LC_ALL", "C.UTF-8")
@@ -196,13 +215,15 @@ impl Program {
         if status.success() {
             return Ok(());
         }
-        // `unshare` says with 127 that it did not find the program.
-        if self.isolated && status.code() == Some(127) {
+        // `unshare` says with 127 that it did not find the program; so does what it starts for one
+        // that is its business alone.
+        let own_name = self.known_as == self.name;
+        if self.isolated && own_name && status.code() == Some(127) {
             return Err(self.missing());
         }
         Err(Error::Program {
             purpose: self.purpose,
-            program: self.name,
+            program: self.known_as,
             status,
             tail: tail(),
             log: self.log.clone(),

@@ -32,8 +32,10 @@ mod kernel;
 mod modules;
 mod progress;
 mod recipe;
+mod registries;
 mod rootfs;
 mod scratch;
+mod setup;
 mod version;
 
 pub use apt::{Distribution, Host};
@@ -42,5 +44,6 @@ pub use fingerprint::Fingerprint;
 pub use guest::GuestBinary;
 pub use kernel::{Kernel, KernelSource, prepare_kernel};
 pub use progress::{Event, Progress, Step};
-pub use recipe::{Recipe, Suite};
+pub use recipe::{Ready, Recipe, Suite};
 pub use rootfs::{RootFs, build_rootfs};
+pub use setup::Setup;

@@ -20,6 +20,8 @@ impl Step {
     pub const INITRAMFS: Step = Step("initramfs");
     /// Downloading and installing the packages of a root file system.
     pub const BOOTSTRAP: Step = Step("bootstrap");
+    /// Doing what a recipe does beyond its packages.
+    pub const SETUP: Step = Step("setup");
     /// Packing a directory tree into a disk image.
     pub const DISK_IMAGE: Step = Step("disk-image");
 

@@ -1,37 +1,28 @@
-use serde::Serialize;
+//! What root file systems are made of: the recipes of this program, and what may be in one.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
 
 use crate::{
     apt::{Distribution, Host},
     error::{Error, Result},
     fingerprint::Fingerprint,
+    setup::{self, Setup, is_pinned},
 };
 
-/// The packages of `base`: what an agent reaches for in its first minutes, and no compiler.
-const BASE_PACKAGES: [&str; 24] = [
-    "apt",
-    "bash",
-    "bzip2",
-    "ca-certificates",
-    "curl",
-    "file",
-    "git",
-    "iproute2",
-    "iputils-ping",
-    "jq",
-    "less",
-    "netbase",
-    "openssh-client",
-    "procps",
-    "psmisc",
-    "python-is-python3",
-    "python3",
-    "python3-pip",
-    "python3-venv",
-    "sudo",
-    "tzdata",
-    "unzip",
-    "wget",
-    "xz-utils",
+/// The recipes of this program, by name.
+const RECIPES: [(&str, &str); 4] = [
+    ("base", include_str!("../recipes/base.toml")),
+    (
+        "code-interpreter-v1",
+        include_str!("../recipes/code-interpreter-v1.toml"),
+    ),
+    (
+        "desktop-browser",
+        include_str!("../recipes/desktop-browser.toml"),
+    ),
+    ("node", include_str!("../recipes/node.toml")),
 ];
 
 /// What is done to the bootstrapped tree; part of every fingerprint.
@@ -54,32 +45,152 @@ pub enum Suite {
     Named(String),
 }
 
-/// A root file system, described.
+/// A root file system, described, and what a template of it needs beyond that.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
     /// What the recipe is called, for people and log files: lower-case letters, digits, `-`.
     pub name: String,
+    /// What it is, in one line for people.
+    pub description: String,
+    /// What it is for, in one word: `base`, `code`, `browser`.
+    pub category: String,
     /// The release that its packages are from.
     pub suite: Suite,
+    /// The distributions that have its packages. Empty: all that are known.
+    pub distributions: Vec<Distribution>,
     /// Packages besides the distribution's minimal system. Recommended packages do not follow.
     pub packages: Vec<String>,
+    /// What is done once those are installed, in this order.
+    pub setup: Vec<Setup>,
+    /// Versions of Python packages, `name==version`, that hold for whatever [`Setup::Pip`] installs
+    /// because something else needs it.
+    pub constraints: Vec<String>,
+    /// What building it takes at most, in MiB, of memory or disk.
+    pub room_mib: u32,
+    /// CPUs that its sandboxes should have.
+    pub cpu_count: u32,
+    /// Memory that its sandboxes should have, in MiB.
+    pub memory_mib: u32,
     /// Size of the disk that the image is for, in MiB. The image is sparse: what is not used
     /// takes no room on the host.
     pub disk_mib: u32,
+    /// Environment of every process of its sandboxes.
+    pub env: Vec<(String, String)>,
+    /// A shell command that is started once and runs in every sandbox.
+    pub start: Option<String>,
+    /// When its template is ready to be frozen.
+    pub ready: Option<Ready>,
+    /// Ports that its servers listen on.
+    pub ports: Vec<u16>,
+}
+
+/// What tells that a template's servers are up.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Ready {
+    /// A `GET` of this path is answered with 200.
+    Http {
+        /// The port.
+        port: u16,
+        /// The path, from `/` on.
+        path: String,
+    },
+    /// Connections to this port are accepted.
+    Tcp {
+        /// The port.
+        port: u16,
+    },
+    /// A shell command succeeds.
+    Command(String),
+}
+
+/// A recipe as it is written down.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct File {
+    extends: Option<String>,
+    description: String,
+    category: String,
+    #[serde(default)]
+    distributions: Vec<Distribution>,
+    #[serde(default)]
+    packages: Vec<String>,
+    #[serde(default)]
+    setup: Vec<Setup>,
+    #[serde(default)]
+    constraints: Vec<String>,
+    room_mib: Option<u32>,
+    cpu_count: Option<u32>,
+    memory_mib: Option<u32>,
+    disk_mib: Option<u32>,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    start: Option<String>,
+    ready: Option<Ready>,
+    #[serde(default)]
+    ports: Vec<u16>,
 }
 
 impl Recipe {
+    /// CPUs of a sandbox unless it is asked for others.
+    pub const DEFAULT_CPU_COUNT: u32 = 1;
+    /// Memory of a sandbox unless it is asked for another: what Python needs, and little enough to
+    /// have many.
+    pub const DEFAULT_MEMORY_MIB: u32 = 512;
     /// Size of a sandbox's disk unless it is asked for another: 8 GiB.
     pub const DEFAULT_DISK_MIB: u32 = 8 * 1024;
+    /// Room for a bootstrap: a minimal system with its packages, downloaded and unpacked, several
+    /// times over.
+    const DEFAULT_ROOM_MIB: u32 = 2 * 1024;
 
     /// The template that every installation has: a shell, Python, git, curl, and a user called
     /// `user` (uid 1000) who may do everything.
     pub fn base() -> Recipe {
+        #[expect(clippy::expect_used, reason = "it is one of `RECIPES`")]
+        Recipe::by_name("base").expect("there is a recipe `base`")
+    }
+
+    /// The recipe of this name, if there is one.
+    pub fn by_name(name: &str) -> Option<Recipe> {
+        let (name, text) = RECIPES.iter().find(|(known, _)| *known == name)?;
+        #[expect(
+            clippy::expect_used,
+            reason = "the files are part of this program, and a test reads them all"
+        )]
+        let file: File = toml::from_str(text).expect("the recipes of this program are well-formed");
+        Some(Recipe::new(name, file))
+    }
+
+    /// Every recipe of this program, by name.
+    pub fn all() -> Vec<Recipe> {
+        let names = RECIPES.iter().map(|(name, _)| *name);
+        names.filter_map(Recipe::by_name).collect()
+    }
+
+    fn new(name: &str, file: File) -> Recipe {
+        let (mut packages, mut setup) = (Vec::new(), Vec::new());
+        if let Some(below) = file.extends.as_deref().and_then(Recipe::by_name) {
+            (packages, setup) = (below.packages, below.setup);
+        }
+        packages.extend(file.packages);
+        setup.extend(file.setup);
         Recipe {
-            name: "base".into(),
+            name: name.to_owned(),
+            description: file.description,
+            category: file.category,
             suite: Suite::Host,
-            packages: BASE_PACKAGES.map(str::to_owned).to_vec(),
-            disk_mib: Recipe::DEFAULT_DISK_MIB,
+            distributions: file.distributions,
+            packages,
+            setup,
+            constraints: file.constraints,
+            room_mib: file.room_mib.unwrap_or(Recipe::DEFAULT_ROOM_MIB),
+            cpu_count: file.cpu_count.unwrap_or(Recipe::DEFAULT_CPU_COUNT),
+            memory_mib: file.memory_mib.unwrap_or(Recipe::DEFAULT_MEMORY_MIB),
+            disk_mib: file.disk_mib.unwrap_or(Recipe::DEFAULT_DISK_MIB),
+            env: file.env.into_iter().collect(),
+            start: file.start,
+            ready: file.ready,
+            ports: file.ports,
         }
     }
 
@@ -104,6 +215,15 @@ impl Recipe {
             packages: Vec<&'a str>,
             customize: &'static str,
             disk_mib: u32,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            setup: Option<SetUp<'a>>,
+        }
+        #[derive(Serialize)]
+        struct SetUp<'a> {
+            version: u32,
+            enter: &'static str,
+            steps: &'a [Setup],
+            constraints: &'a [String],
         }
         let mut packages: Vec<&str> = self.packages.iter().map(String::as_str).collect();
         packages.sort_unstable();
@@ -116,6 +236,12 @@ impl Recipe {
             packages,
             customize: CUSTOMIZE,
             disk_mib: self.disk_mib,
+            setup: (!self.setup.is_empty()).then_some(SetUp {
+                version: setup::VERSION,
+                enter: setup::ENTER,
+                steps: &self.setup,
+                constraints: &self.constraints,
+            }),
         })
     }
 
@@ -140,6 +266,22 @@ impl Recipe {
             .find(|package| !is_word(package, b"+-."))
         {
             return Err(wrong(format!("`{package}` is not the name of a package")));
+        }
+        if !self.distributions.is_empty() && !self.distributions.contains(&host.distribution) {
+            let names: Vec<_> = self.distributions.iter().map(|d| d.name()).collect();
+            return Err(wrong(format!(
+                "it needs packages of {}, and this host has those of {}",
+                names.join(" or "),
+                host.distribution.name()
+            )));
+        }
+        for (index, step) in self.setup.iter().enumerate() {
+            let number = index + 1;
+            let in_step = |reason| wrong(format!("step {number} of its setup: {reason}"));
+            step.check().map_err(in_step)?;
+        }
+        if let Some(constraint) = self.constraints.iter().find(|c| !is_pinned(c, "==")) {
+            return Err(wrong(format!("`{constraint}` is not `name==version`")));
         }
         if !DISK_MIB.contains(&self.disk_mib) {
             let (least, most) = DISK_MIB.into_inner();
@@ -186,11 +328,44 @@ mod tests {
             (|r: &mut Recipe| r.packages.push("gcc".into())) as fn(&mut Recipe),
             |r| r.disk_mib *= 2,
             |r| r.suite = Suite::Named("trixie".into()),
+            |r| r.setup.push(Setup::Run(vec!["true".into()])),
         ] {
             let mut changed = base.clone();
             change(&mut changed);
             assert_ne!(changed.fingerprint(&host()), fingerprint);
         }
+    }
+
+    #[test]
+    fn every_recipe_is_well_formed_and_whole() {
+        let all = Recipe::all();
+        assert_eq!(all.len(), RECIPES.len());
+        for recipe in &all {
+            recipe.validate(&host()).unwrap();
+            let name = &recipe.name;
+            assert!(
+                RECIPES.is_sorted() && is_word(&recipe.category, b"-"),
+                "{name}"
+            );
+            assert!(!recipe.description.ends_with('.'), "{name}");
+            let file: File =
+                toml::from_str(RECIPES.iter().find(|(n, _)| n == name).unwrap().1).unwrap();
+            let extends = file.extends.as_deref();
+            assert!(
+                extends.is_none_or(|below| Recipe::by_name(below).is_some()),
+                "{name}"
+            );
+            // What is said of a recipe is what its probe asks.
+            if let Some(Ready::Http { port, .. } | Ready::Tcp { port }) = &recipe.ready {
+                assert!(recipe.ports.contains(port), "{name}");
+            }
+            if let Some(Ready::Http { path, .. }) = &recipe.ready {
+                assert!(path.starts_with('/'), "{name}");
+            }
+        }
+        assert!(Recipe::by_name("no-such-recipe").is_none());
+        let (base, node) = (Recipe::base(), Recipe::by_name("node").unwrap());
+        assert!(base.setup.is_empty() && node.packages.starts_with(&base.packages));
     }
 
     #[test]
@@ -209,6 +384,14 @@ mod tests {
         assert!(reason(|r| r.packages.push("git,vim".into())).contains("`git,vim`"));
         assert!(reason(|r| r.suite = Suite::Named("../x".into())).contains("`../x`"));
         assert!(reason(|r| r.name = "a/b".into()).contains("its name"));
+        assert!(reason(|r| r.constraints.push("x>=1".into())).contains("`name==version`"));
+        let setup = reason(|r| r.setup.push(Setup::Npm(vec!["x".into()])));
+        assert_eq!(
+            setup,
+            "recipe `base`: step 1 of its setup: `x` is not `name@version`"
+        );
+        let elsewhere = reason(|r| r.distributions = vec![Distribution::Ubuntu]);
+        assert!(elsewhere.ends_with("needs packages of Ubuntu, and this host has those of Debian"));
         assert!(reason(|r| r.disk_mib = 1).contains("512 to 1048576 MiB, not 1"));
     }
 }

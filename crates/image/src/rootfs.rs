@@ -20,13 +20,11 @@ use crate::{
     progress::{Progress, Step},
     recipe::{CUSTOMIZE, Recipe},
     scratch::Scratch,
+    setup::Workshop,
 };
 
 /// How many images are kept, the most recently used ones.
-const KEPT_IMAGES: usize = 4;
-/// Room for a bootstrap: a minimal system with its packages, downloaded and unpacked, several
-/// times over. 2 GiB.
-const SCRATCH_BYTES: u64 = 2 << 30;
+const KEPT_IMAGES: usize = 8;
 /// What nobody reads in a sandbox. The copyright files stay: the packages' licences ask for it.
 const DPKG_OPTIONS: [&str; 8] = [
     "force-unsafe-io",
@@ -81,9 +79,15 @@ pub async fn build_rootfs(recipe: &Recipe, dir: &Path, progress: &Progress) -> R
 
     let scratch = Scratch::new(
         cache.path(&format!(".{}.scratch", fingerprint.short())),
-        SCRATCH_BYTES,
+        u64::from(recipe.room_mib) << 20,
     )?;
     let tree = bootstrap(recipe, &host, &scratch, &log, progress).await?;
+    if !recipe.setup.is_empty() {
+        let work = scratch.path().join("setup");
+        let workshop = Workshop::open(&tree, work.clone(), &recipe.constraints, &log)?;
+        workshop.run(&recipe.setup, progress).await?;
+        remove(&work).during("remove what a setup left")?;
+    }
 
     progress.message(Step::DISK_IMAGE, "packing the disk image");
     let draft = cache.draft(&lock, ".img")?;
