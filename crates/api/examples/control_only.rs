@@ -9,7 +9,7 @@ use cubicle_api::{ApiConfig, AppState};
 use cubicle_control::{
     Control, ControlConfig,
     fleet::memory::MemoryFleet,
-    template::{BuildTemplate, Size},
+    template::{BuildSpec, BuildTemplate, Size},
 };
 
 #[tokio::main]
@@ -23,13 +23,16 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let order = BuildTemplate {
         name: "base".to_owned(),
         tags: Vec::new(),
-        recipe: "base".to_owned(),
         size: Size {
             cpu_count: 2,
             memory_mib: 512,
             disk_mib: 4096,
         },
-        force: false,
+        spec: BuildSpec {
+            force: false,
+            ..BuildSpec::recipe("base")
+        },
+        request_id: None,
     };
     control.templates.build(order).await?;
     if let Some(made) = control.keys.ensure_default().await? {

@@ -161,6 +161,7 @@ impl From<Control> for ApiError {
             | Control::NotInHistory { .. }
             | Control::NameTaken { .. }
             | Control::VolumeInUse { .. }
+            | Control::TemplateInUse { .. }
             | Control::Fleet(FleetError::Damaged { .. }) => StatusCode::CONFLICT,
             Control::Busy { .. } | Control::Fleet(FleetError::Busy { .. }) => {
                 return Self::new(StatusCode::CONFLICT, error.to_string()).retry_after(1);
@@ -201,6 +202,7 @@ impl From<Control> for ApiError {
             | Control::Database { .. }
             | Control::Migrate { .. }
             | Control::Volume { .. }
+            | Control::Files { .. }
             | Control::Damaged { .. } => return Self::internal(&error),
         };
         Self::new(status, error.to_string())

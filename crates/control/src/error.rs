@@ -186,6 +186,24 @@ pub enum Error {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// A file that was uploaded for a build could not be kept or found.
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Files {
+        /// What was attempted.
+        doing: &'static str,
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// Sandboxes of the template run.
+    #[error("Template '{template}' is used by sandbox {sandbox}; kill that first")]
+    TemplateInUse {
+        /// The template as it was given.
+        template: String,
+        /// One of its sandboxes.
+        sandbox: SandboxId,
+    },
     /// The node failed or refused.
     #[error(transparent)]
     Fleet(#[from] FleetError),
@@ -221,6 +239,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// For `map_err` on work with an uploaded file: says what was attempted.
+    pub(crate) fn io(
+        doing: &'static str,
+        path: impl Into<std::path::PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Files {
+            doing,
+            path,
+            source,
+        }
+    }
+
     /// For `map_err` on a query: says what was attempted.
     pub(crate) fn database(doing: &'static str) -> impl FnOnce(sqlx::Error) -> Self {
         move |source| Self::Database { doing, source }

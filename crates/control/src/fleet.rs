@@ -165,6 +165,12 @@ pub struct CreateOrder {
     pub template: TemplateId,
     /// Environment of every process that is started in it.
     pub env_vars: Vec<(String, String)>,
+    /// User of programs that are started without one. `None`: the machine's own choice.
+    pub user: Option<String>,
+    /// Working directory of programs that are started without one. `None`: the user's home.
+    pub workdir: Option<String>,
+    /// Name servers. Empty: the machine's own choice.
+    pub dns: Vec<Ipv4Addr>,
     /// What clients of its guest daemon must present.
     pub envd_token: String,
     /// What it may reach.

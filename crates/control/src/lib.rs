@@ -39,7 +39,7 @@ use self::{
     metrics::Metrics,
     sandbox::{Reconciled, SandboxConfig, Sandboxes},
     snapshot::{SnapshotConfig, Snapshots},
-    template::Templates,
+    template::{TemplateConfig, Templates},
     volume::{VolumeConfig, Volumes},
 };
 
@@ -54,6 +54,8 @@ pub struct ControlConfig {
     pub snapshots: SnapshotConfig,
     /// Where volumes are, and what else may be mounted.
     pub volumes: VolumeConfig,
+    /// How templates are built.
+    pub templates: TemplateConfig,
 }
 
 impl ControlConfig {
@@ -63,6 +65,7 @@ impl ControlConfig {
         let database = database.into();
         Self {
             volumes: VolumeConfig::beside(&database),
+            templates: TemplateConfig::beside(&database),
             database,
             sandboxes: SandboxConfig::default(),
             snapshots: SnapshotConfig::default(),
@@ -96,7 +99,7 @@ impl Control {
     pub async fn open(config: ControlConfig, fleet: SharedFleet) -> Result<(Self, Reconciled)> {
         let db = Db::open(&config.database).await?;
         let keys = Keys::open(db.clone()).await?;
-        let templates = Templates::open(db.clone(), fleet.clone()).await?;
+        let templates = Templates::open(config.templates, db.clone(), fleet.clone()).await?;
         let snapshot_store = snapshot::Store::new(db.clone());
         let metrics = Arc::<Metrics>::default();
         let volumes = Volumes::open(config.volumes, db.clone()).await?;
@@ -147,6 +150,22 @@ impl Control {
             }
             done => done,
         }
+    }
+
+    /// The same, unless sandboxes that were made of it are there.
+    ///
+    /// # Errors
+    /// As [`Self::delete`]; [`Error::TemplateInUse`].
+    pub async fn delete_unused(&self, reference: &str) -> Result<()> {
+        let template = self.templates.get(reference).await?;
+        let sandboxes = self.sandboxes.all();
+        if let Some(user) = sandboxes.iter().find(|s| s.template == template.id) {
+            return Err(Error::TemplateInUse {
+                template: reference.to_owned(),
+                sandbox: user.id.clone(),
+            });
+        }
+        self.delete(reference).await
     }
 
     /// Stops watching, waits for operations under way, and closes the database. Sandboxes run on.

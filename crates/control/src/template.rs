@@ -5,9 +5,15 @@
 //! made from it run on.
 
 mod build;
+mod files;
+mod log;
 mod model;
 mod name;
+mod request;
+mod size;
+mod spec;
 mod store;
+mod tags;
 
 use std::{
     collections::HashMap,
@@ -19,11 +25,19 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use self::store::Store;
+use self::{files::Files, store::Store};
 pub use self::{
-    build::{BuildTemplate, Size, Started},
+    files::TemplateConfig,
+    log::LogPage,
     model::{Build, BuildLine, BuildStatus, Resolved, Template},
     name::{BadName, DEFAULT_TAG, Reference, is_tag},
+    request::Started,
+    size::Size,
+    spec::{
+        Action, BASE_IMAGE, BASE_RECIPE, BadFilesHash, BuildSpec, BuildTemplate, Defaults,
+        FilesHash, Origin, Probe, RegistryAuth, Step,
+    },
+    tags::Tag,
 };
 use crate::{
     db::Db,
@@ -40,12 +54,16 @@ pub struct Templates {
     fleet: SharedFleet,
     /// Builds under way, and how many lines each has logged.
     running: Arc<Mutex<HashMap<Uuid, watch::Sender<u64>>>>,
+    files: Arc<Files>,
+    config: Arc<TemplateConfig>,
     tasks: TaskTracker,
 }
 
 impl Templates {
-    pub(crate) async fn open(db: Db, fleet: SharedFleet) -> Result<Self> {
+    pub(crate) async fn open(config: TemplateConfig, db: Db, fleet: SharedFleet) -> Result<Self> {
         let this = Self {
+            files: Arc::new(Files::open(&config)?),
+            config: Arc::new(config),
             snapshots: snapshot::Store::new(db.clone()),
             store: Store::new(db),
             fleet,
@@ -135,6 +153,25 @@ impl Templates {
         })
     }
 
+    /// The same template for sandboxes of another size.
+    pub(crate) async fn shaped(
+        &self,
+        resolved: Resolved,
+        cpu_count: Option<u32>,
+        memory_mib: Option<u32>,
+    ) -> Result<Resolved> {
+        let (cpus, memory) = (
+            cpu_count.unwrap_or(resolved.cpu_count),
+            memory_mib.unwrap_or(resolved.memory_mib),
+        );
+        if (cpus, memory) == (resolved.cpu_count, resolved.memory_mib) {
+            return Ok(resolved);
+        }
+        Err(Error::Unsupported {
+            what: "a size that the template does not have".to_owned(),
+        })
+    }
+
     /// Deletes a template; with a tag, and other tags beside it, only that tag. Sandboxes that
     /// were made from it run on.
     pub async fn delete(&self, reference: &str) -> Result<()> {
@@ -147,13 +184,13 @@ impl Templates {
             if !self.store.has_tag(&id, tag).await? {
                 return Err(not_found());
             }
-            if let Some(snapshots) = self.store.delete_tag(&id, tag).await? {
-                self.delete_snapshots(snapshots).await;
+            if self.store.delete_tag(&id, tag).await? {
+                self.collect().await;
                 return Ok(());
             }
         }
-        let snapshots = self.store.delete(&id).await?;
-        self.delete_snapshots(snapshots).await;
+        self.store.delete(&id).await?;
+        self.collect().await;
         Ok(())
     }
 
@@ -178,11 +215,6 @@ impl Templates {
             })
     }
 
-    /// Lines of a build's log, from the `offset`th on.
-    pub async fn build_log(&self, build: Uuid, offset: u64, limit: u32) -> Result<Vec<BuildLine>> {
-        self.store.read_log(build, offset, limit).await
-    }
-
     /// Counts one more sandbox of a template, when there is time for it.
     pub(crate) fn count_spawn(&self, template: &TemplateId) {
         let (store, template) = (self.store.clone(), template.clone());
@@ -199,11 +231,24 @@ impl Templates {
         self.tasks.wait().await;
     }
 
-    async fn delete_snapshots(&self, snapshots: Vec<SnapshotId>) {
-        for snapshot in snapshots {
-            if let Err(error) = self.fleet.delete_snapshot(&snapshot).await {
-                tracing::error!(%snapshot, %error, "a snapshot that nothing refers to stays");
+    /// Deletes every layer that nothing uses any more.
+    async fn collect(&self) {
+        let unused = match self.store.forget_unused().await {
+            Ok(unused) => unused,
+            Err(error) => {
+                tracing::error!(%error, "layers that nothing uses stay for now");
+                return;
             }
+        };
+        for snapshot in unused {
+            self.discard(&snapshot).await;
+        }
+    }
+
+    /// Deletes a snapshot that nothing refers to; what cannot be deleted now, the next start finds.
+    async fn discard(&self, snapshot: &SnapshotId) {
+        if let Err(error) = self.fleet.delete_snapshot(snapshot).await {
+            tracing::error!(%snapshot, %error, "a snapshot that nothing refers to stays for now");
         }
     }
 }

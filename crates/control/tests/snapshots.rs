@@ -17,7 +17,7 @@ use cubicle_control::{
     lifecycle::State,
     sandbox::{CreateSandbox, ListQuery, PauseMode, PauseSandbox},
     snapshot::{CreateSnapshot, Snapshot, SnapshotQuery, SnapshotState},
-    template::{BuildTemplate, Size},
+    template::{BuildSpec, BuildTemplate, Size},
 };
 use cubicle_ids::SandboxId;
 
@@ -195,9 +195,12 @@ async fn a_name_stands_for_the_newest_of_that_name() {
     let order = BuildTemplate {
         name: "team/other".into(),
         tags: Vec::new(),
-        recipe: "base".into(),
         size: Size::default(),
-        force: true,
+        spec: BuildSpec {
+            force: true,
+            ..BuildSpec::recipe("base")
+        },
+        request_id: None,
     };
     let refused = templates.build(order).await;
     assert!(

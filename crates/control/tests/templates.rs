@@ -5,7 +5,7 @@ mod common;
 use common::{Plane, request};
 use cubicle_control::{
     Error,
-    template::{BuildStatus, BuildTemplate, Size},
+    template::{BuildSpec, BuildStatus, BuildTemplate, LogPage, Size},
 };
 use futures::TryStreamExt as _;
 
@@ -19,9 +19,12 @@ fn order(name: &str) -> BuildTemplate {
     BuildTemplate {
         name: name.into(),
         tags: Vec::new(),
-        recipe: "base".into(),
         size: SIZE,
-        force: true,
+        spec: BuildSpec {
+            force: true,
+            ..BuildSpec::recipe("base")
+        },
+        request_id: None,
     }
 }
 
@@ -36,13 +39,16 @@ async fn a_build_can_be_followed_and_read_back() {
         .try_collect()
         .await
         .expect("follow");
-    let read = templates.build_log(build.id, 0, 100).await.expect("read");
+    let read = templates
+        .build_log(build.id, LogPage::from(0, 100))
+        .await
+        .expect("read");
     assert_eq!(followed, read);
     assert_eq!(read.len(), 3);
     assert_eq!(read.last().expect("line").message, "the template is ready");
     assert!(
         templates
-            .build_log(build.id, 3, 100)
+            .build_log(build.id, LogPage::from(3, 100))
             .await
             .expect("tail")
             .is_empty()
@@ -225,7 +231,7 @@ async fn what_was_built_the_same_way_is_not_built_again_unless_forced() {
         .await
         .expect("end");
     let same = || BuildTemplate {
-        force: false,
+        spec: BuildSpec::recipe("base"),
         ..order("web")
     };
     let again = templates.build(same()).await.expect("again");

@@ -127,6 +127,8 @@ impl CreateBody {
             mounts,
             network,
             lifecycle,
+            cpu_count: None,
+            memory_mib: None,
             idempotency: None,
         })
     }

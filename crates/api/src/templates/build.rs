@@ -9,7 +9,7 @@ use axum::{
 };
 use cubicle_control::{
     Control,
-    template::{BuildStatus, BuildTemplate, Size, Started},
+    template::{BuildSpec, BuildStatus, BuildTemplate, Size, Started},
 };
 use futures::{Stream, StreamExt as _};
 use http::header::CONTENT_TYPE;
@@ -122,9 +122,12 @@ pub(crate) async fn build(
     let request = BuildTemplate {
         name,
         tags,
-        recipe,
         size,
-        force,
+        spec: BuildSpec {
+            force,
+            ..BuildSpec::recipe(recipe)
+        },
+        request_id: None,
     };
     let started = state.control.templates.build(request).await?;
     let lines = follow(state.control, started).map(|event| Ok::<_, Infallible>(line(&event)));

@@ -3,7 +3,7 @@
 use axum::{Json, extract::State};
 use cubicle_control::{
     fleet::Level,
-    template::{BuildLine, Template},
+    template::{BuildLine, LogPage, Template},
 };
 use http::{HeaderMap, StatusCode};
 
@@ -260,7 +260,7 @@ pub(crate) async fn build_logs(
     let mut lines = state
         .control
         .templates
-        .build_log(build.id, 0, u32::MAX)
+        .build_log(build.id, LogPage::from(0, u32::MAX))
         .await?;
     if backward {
         lines.reverse();
@@ -293,7 +293,7 @@ async fn lines(
     let mut lines = state
         .control
         .templates
-        .build_log(build, offset, limit)
+        .build_log(build, LogPage::from(offset, limit))
         .await?;
     lines.retain(|line| line.level >= level);
     Ok(lines)

@@ -14,7 +14,7 @@ use cubicle_control::{
     Control, ControlConfig,
     fleet::memory::MemoryFleet,
     sandbox::SandboxConfig,
-    template::{BuildTemplate, Size},
+    template::{BuildSpec, BuildTemplate, Size},
 };
 use futures::TryStreamExt as _;
 use http::{HeaderMap, Method, Request, StatusCode};
@@ -85,13 +85,16 @@ impl Server {
         let order = BuildTemplate {
             name: "base".into(),
             tags: Vec::new(),
-            recipe: "base".into(),
             size: Size {
                 cpu_count: 2,
                 memory_mib: 512,
                 disk_mib: 1024,
             },
-            force: true,
+            spec: BuildSpec {
+                force: true,
+                ..BuildSpec::recipe("base")
+            },
+            request_id: None,
         };
         let build = control.templates.build(order).await.expect("build").build;
         let _: Vec<_> = control

@@ -33,6 +33,10 @@ pub struct CreateSandbox {
     pub metadata: BTreeMap<String, String>,
     /// Environment of every process that is started in it.
     pub env_vars: Vec<(String, String)>,
+    /// CPUs, if not as many as the template's sandboxes have.
+    pub cpu_count: Option<u32>,
+    /// Memory in MiB, if not as much as the template's sandboxes have.
+    pub memory_mib: Option<u32>,
     /// What is to be mounted. Nothing: what the snapshot had, if it is made from one.
     pub mounts: Vec<MountRequest>,
     /// What it may reach and who may reach it.
@@ -101,6 +105,10 @@ impl Inner {
         let mut clock = Clock::start();
         request.lifecycle.check()?;
         let resolved = self.templates.resolve(&request.template).await?;
+        let resolved = self
+            .templates
+            .shaped(resolved, request.cpu_count, request.memory_mib)
+            .await?;
         let mounts = self.mounts(&request.mounts, &resolved).await?;
         clock.lap("resolve");
         let sandbox = new_sandbox(&request, &resolved, mounts);
@@ -292,6 +300,7 @@ fn new_sandbox(request: &CreateSandbox, resolved: &Resolved, mounts: Vec<Mount>)
         cpu_count: resolved.cpu_count,
         memory_mib: resolved.memory_mib,
         disk_mib: resolved.disk_mib,
+        defaults: resolved.defaults.clone(),
         generation: 0,
         started_at: now(),
         end_at: None,

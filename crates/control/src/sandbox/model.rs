@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Result},
     fleet::{Level, NetworkOptions},
     lifecycle::State,
+    template::Defaults,
     volume::Mount,
 };
 
@@ -49,6 +50,8 @@ pub struct Sandbox {
     pub memory_mib: u32,
     /// Size of its root disk.
     pub disk_mib: u32,
+    /// What its template gives it.
+    pub defaults: Defaults,
     /// The life it is in: counts restores under this id.
     pub generation: u64,
     /// When it began to answer.

@@ -59,8 +59,8 @@ impl Store {
             "INSERT INTO sandboxes (id, template_id, build_id, snapshot_id, alias, state, metadata,
                  network, envd_token, traffic_token, envd_version, cpu_count, memory_mib, disk_mib,
                  generation, started_at, end_at, lifetime, env_vars, base_id, auto_pause,
-                 auto_pause_memory, auto_resume, mounts)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                 auto_pause_memory, auto_resume, mounts, defaults)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(sandbox.id.as_str())
         .bind(sandbox.template.as_str())
@@ -86,6 +86,7 @@ impl Store {
         .bind(sandbox.lifecycle.auto_pause_memory)
         .bind(sandbox.lifecycle.auto_resume)
         .bind(json(&sandbox.mounts))
+        .bind(json(&sandbox.defaults))
         .execute(&mut *tx)
         .await
         .map_err(Error::database(doing))?;
@@ -223,6 +224,7 @@ fn from_row(row: &SqliteRow) -> Result<Sandbox> {
         cpu_count: row.get("cpu_count"),
         memory_mib: row.get("memory_mib"),
         disk_mib: row.get("disk_mib"),
+        defaults: serde_json::from_str(&text("defaults")).map_err(|e| Error::damaged(what(), e))?,
         generation: row.get::<i64, _>("generation").unsigned_abs(),
         started_at: from_micros(row.get("started_at")),
         end_at: row.get::<Option<i64>, _>("end_at").map(from_micros),

@@ -250,6 +250,13 @@ impl Store {
                 return Err(unusable(reason.unwrap_or_else(|| "it is damaged".into())));
             }
         }
+        let defaults: String = sqlx::query_scalar("SELECT defaults FROM snapshots WHERE id = ?")
+            .bind(snapshot.id.as_str())
+            .fetch_one(&self.db.read)
+            .await
+            .map_err(Error::database("look up a snapshot"))?;
+        let defaults = serde_json::from_str(&defaults)
+            .map_err(|error| Error::damaged(format!("snapshot {}", snapshot.id), error))?;
         Ok(Some(Resolved {
             template: parse(snapshot.id.as_str(), snapshot.id.as_str())?,
             build: snapshot.build,
@@ -259,6 +266,7 @@ impl Store {
             memory_mib: snapshot.memory_mib,
             disk_mib: snapshot.disk_mib,
             envd_version: snapshot.envd_version,
+            defaults,
         }))
     }
 
@@ -320,7 +328,8 @@ impl Store {
             let row = sqlx::query(
                 "SELECT b.template_id, (SELECT alias FROM template_aliases a
                      WHERE a.template_id = b.template_id ORDER BY rowid LIMIT 1) AS alias
-                 FROM template_builds b WHERE b.snapshot_id = ?",
+                 FROM template_builds b WHERE b.made_id = ?
+                 ORDER BY b.created_at DESC LIMIT 1",
             )
             .bind(snapshot.as_str())
             .fetch_optional(&self.db.read)

@@ -4,6 +4,7 @@ use cubicle_ids::{SnapshotId, TemplateId};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::{BuildSpec, Defaults};
 use crate::fleet::Level;
 
 /// A named snapshot, and how it was made.
@@ -47,12 +48,21 @@ pub struct Build {
     pub id: Uuid,
     /// The template.
     pub template: TemplateId,
-    /// Name of the recipe that makes its root file system.
-    pub recipe: String,
+    /// What it is made of; `None` if nobody has said yet.
+    pub spec: Option<BuildSpec>,
+    /// What it is to be called once it is ready.
+    pub tags: Vec<String>,
     /// How far it is.
     pub status: BuildStatus,
     /// Why it failed, if it did.
     pub reason: Option<String>,
+    /// Where it failed, if it did: `base`, the number of a step from 1, or `finalize`.
+    pub failed_step: Option<String>,
+    /// What tells it from builds that were made of anything else; known once that has been looked
+    /// at.
+    pub fingerprint: Option<String>,
+    /// What it gives its sandboxes; known once it is ready.
+    pub defaults: Defaults,
     /// What its sandboxes are restored from; `None` until it succeeds and after it was superseded.
     pub snapshot: Option<SnapshotId>,
     /// CPUs of its sandboxes.
@@ -145,4 +155,6 @@ pub struct Resolved {
     pub disk_mib: u32,
     /// Version of the guest daemon in it.
     pub envd_version: String,
+    /// What it gives the sandbox.
+    pub defaults: Defaults,
 }

@@ -1,16 +1,22 @@
-//! Templates, their aliases, tags, builds and build logs in the database.
+//! Templates, their aliases and tags in the database; their builds, the layers of those, and the
+//! logs of builds in the modules below.
+
+mod builds;
+mod layers;
+mod log;
 
 use std::collections::HashMap;
 
-use cubicle_ids::{SnapshotId, TemplateId};
-use sqlx::{Row as _, sqlite::SqliteRow};
+use cubicle_ids::TemplateId;
+use serde::de::DeserializeOwned;
+use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 use uuid::Uuid;
 
-use super::{Build, BuildLine, BuildStatus, DEFAULT_TAG, Reference, Resolved, Template};
+pub(crate) use self::builds::{Begun, Made};
+use super::{Build, BuildStatus, DEFAULT_TAG, Reference, Resolved, Tag, Template};
 use crate::{
     db::{Db, from_micros, now, to_micros},
     error::{Error, Result},
-    fleet::{BuildStep, Level},
 };
 
 #[derive(Debug, Clone)]
@@ -28,7 +34,7 @@ impl Store {
         let id: Option<String> = sqlx::query_scalar(
             "SELECT id FROM templates WHERE id = ?1
              UNION ALL SELECT template_id FROM template_aliases WHERE alias = ?1
-             UNION ALL SELECT template_id FROM template_builds WHERE snapshot_id = ?1
+             UNION ALL SELECT template_id FROM template_builds WHERE made_id = ?1
              LIMIT 1",
         )
         .bind(name)
@@ -44,8 +50,8 @@ impl Store {
             "SELECT b.*, (SELECT alias FROM template_aliases a WHERE a.template_id = b.template_id
                           ORDER BY rowid LIMIT 1) AS alias
              FROM template_builds b
-             WHERE b.status = 'ready' AND b.snapshot_id IS NOT NULL AND (
-                 b.snapshot_id = ?1
+             WHERE b.status = 'ready' AND b.made_id IS NOT NULL AND (
+                 b.made_id = ?1
                  OR b.id = (SELECT build_id FROM template_tags t WHERE t.tag = ?2 AND t.template_id =
                      (SELECT id FROM templates WHERE id = ?1
                       UNION ALL SELECT template_id FROM template_aliases WHERE alias = ?1 LIMIT 1)))
@@ -70,6 +76,7 @@ impl Store {
             memory_mib: build.memory_mib,
             disk_mib: build.disk_mib,
             envd_version: build.envd_version,
+            defaults: build.defaults,
         }))
     }
 
@@ -152,176 +159,71 @@ impl Store {
             .collect()
     }
 
-    /// Writes down a new build, and the template and its alias if they are new. `Err` with the
-    /// build that is under way already, if one is.
-    pub(crate) async fn begin_build(
-        &self,
-        alias: &str,
-        build: &mut Build,
-    ) -> Result<Result<(), Uuid>> {
-        let doing = "record a template build";
-        let at = to_micros(build.created_at);
-        let mut tx = self.db.begin(doing).await?;
-        let known: Option<String> =
-            sqlx::query_scalar("SELECT template_id FROM template_aliases WHERE alias = ?")
-                .bind(alias)
-                .fetch_optional(&mut *tx)
-                .await
-                .map_err(Error::database(doing))?;
-        if let Some(known) = known {
-            build.template = parse("template", &known)?;
-            let running: Option<String> = sqlx::query_scalar(
-                "SELECT id FROM template_builds
-                 WHERE template_id = ? AND status IN ('waiting', 'building')",
-            )
-            .bind(&known)
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(Error::database(doing))?;
-            if let Some(running) = running {
-                return Ok(Err(parse("template build", &running)?));
-            }
-        } else {
-            sqlx::query("INSERT INTO templates (id, created_at, updated_at) VALUES (?, ?, ?)")
-                .bind(build.template.as_str())
-                .bind(at)
-                .bind(at)
-                .execute(&mut *tx)
-                .await
-                .map_err(Error::database(doing))?;
-            sqlx::query("INSERT INTO template_aliases (alias, template_id) VALUES (?, ?)")
-                .bind(alias)
-                .bind(build.template.as_str())
-                .execute(&mut *tx)
-                .await
-                .map_err(Error::database(doing))?;
-        }
-        sqlx::query(
-            "INSERT INTO template_builds (id, template_id, recipe, status, cpu_count, memory_mib,
-                 disk_mib, envd_version, created_at, updated_at)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    /// The tags of a template, newest first.
+    pub(crate) async fn tags(&self, template: &TemplateId) -> Result<Vec<Tag>> {
+        let rows = sqlx::query(
+            "SELECT tag, build_id, assigned_at FROM template_tags WHERE template_id = ?
+             ORDER BY assigned_at DESC, tag",
         )
-        .bind(build.id.to_string())
-        .bind(build.template.as_str())
-        .bind(&build.recipe)
-        .bind(build.status.as_str())
-        .bind(build.cpu_count)
-        .bind(build.memory_mib)
-        .bind(build.disk_mib)
-        .bind(&build.envd_version)
-        .bind(at)
-        .bind(at)
-        .execute(&mut *tx)
+        .bind(template.as_str())
+        .fetch_all(&self.db.read)
         .await
-        .map_err(Error::database(doing))?;
-        tx.commit().await.map_err(Error::database(doing))?;
-        Ok(Ok(()))
+        .map_err(Error::database("read the tags of a template"))?;
+        let tag = |row: &SqliteRow| {
+            Ok(Tag {
+                tag: row.get("tag"),
+                build: parse("tag", &row.get::<String, _>("build_id"))?,
+                assigned_at: from_micros(row.get("assigned_at")),
+            })
+        };
+        rows.iter().map(tag).collect()
     }
 
-    /// Writes down that a build is under way.
-    pub(crate) async fn building(&self, build: Uuid) -> Result<()> {
-        sqlx::query("UPDATE template_builds SET status = 'building', updated_at = ? WHERE id = ?")
-            .bind(to_micros(now()))
-            .bind(build.to_string())
-            .execute(&self.db.write)
-            .await
-            .map_err(Error::database("record that a build runs"))?;
-        Ok(())
-    }
-
-    /// Writes down that a build failed.
-    pub(crate) async fn build_failed(&self, build: Uuid, reason: &str) -> Result<()> {
-        let at = to_micros(now());
-        sqlx::query(
-            "UPDATE template_builds SET status = 'error', reason = ?, updated_at = ?,
-                 finished_at = ? WHERE id = ?",
-        )
-        .bind(reason)
-        .bind(at)
-        .bind(at)
-        .bind(build.to_string())
-        .execute(&self.db.write)
-        .await
-        .map_err(Error::database("record that a build failed"))?;
-        Ok(())
-    }
-
-    /// Writes down that a build succeeded and moves the tags to it. Returns the snapshots that no
-    /// tag stands for any more.
-    pub(crate) async fn build_ready(
-        &self,
-        build: &Build,
-        snapshot: &SnapshotId,
-        tags: &[String],
-    ) -> Result<Vec<SnapshotId>> {
-        let doing = "record that a build succeeded";
-        let at = to_micros(now());
-        let mut tx = self.db.begin(doing).await?;
-        let updated = sqlx::query(
-            "UPDATE template_builds SET status = 'ready', snapshot_id = ?, updated_at = ?,
-                 finished_at = ? WHERE id = ?",
-        )
-        .bind(snapshot.as_str())
-        .bind(at)
-        .bind(at)
-        .bind(build.id.to_string())
-        .execute(&mut *tx)
-        .await
-        .map_err(Error::database(doing))?;
-        if updated.rows_affected() == 0 {
-            // The template was deleted while it was being built.
-            return Ok(vec![snapshot.clone()]);
-        }
-        for tag in tags {
-            sqlx::query(
-                "INSERT INTO template_tags (template_id, tag, build_id, assigned_at)
-                 VALUES (?, ?, ?, ?)
-                 ON CONFLICT DO UPDATE SET build_id = excluded.build_id,
-                     assigned_at = excluded.assigned_at",
-            )
-            .bind(build.template.as_str())
-            .bind(tag)
-            .bind(build.id.to_string())
-            .bind(at)
-            .execute(&mut *tx)
-            .await
-            .map_err(Error::database(doing))?;
-        }
-        sqlx::query("UPDATE templates SET updated_at = ? WHERE id = ?")
-            .bind(at)
-            .bind(build.template.as_str())
-            .execute(&mut *tx)
-            .await
-            .map_err(Error::database(doing))?;
-        let superseded = untagged(&mut tx, &build.template).await?;
-        tx.commit().await.map_err(Error::database(doing))?;
-        Ok(superseded)
-    }
-
-    /// Drops one tag. Returns the snapshots that no tag stands for any more, or `None` if it is
-    /// the template's only tag or not one of its tags.
-    pub(crate) async fn delete_tag(
+    /// Has tags stand for a build.
+    pub(crate) async fn assign(
         &self,
         template: &TemplateId,
-        tag: &str,
-    ) -> Result<Option<Vec<SnapshotId>>> {
-        let doing = "delete a tag";
+        build: Uuid,
+        tags: &[String],
+    ) -> Result<()> {
+        let doing = "assign tags";
         let mut tx = self.db.begin(doing).await?;
+        assign_in(&mut tx, template, build, tags).await?;
+        tx.commit().await.map_err(Error::database(doing))
+    }
+
+    /// Drops one tag, unless it is the template's only tag or not one of its tags. Returns whether
+    /// it was dropped.
+    pub(crate) async fn delete_tag(&self, template: &TemplateId, tag: &str) -> Result<bool> {
         let deleted = sqlx::query(
             "DELETE FROM template_tags WHERE template_id = ?1 AND tag = ?2
                  AND EXISTS (SELECT 1 FROM template_tags WHERE template_id = ?1 AND tag <> ?2)",
         )
         .bind(template.as_str())
         .bind(tag)
-        .execute(&mut *tx)
+        .execute(&self.db.write)
         .await
-        .map_err(Error::database(doing))?;
-        if deleted.rows_affected() == 0 {
-            return Ok(None);
+        .map_err(Error::database("delete a tag"))?;
+        Ok(deleted.rows_affected() > 0)
+    }
+
+    /// Drops those of these tags that a template has. Returns whether it had one.
+    pub(crate) async fn drop_tags(&self, template: &TemplateId, tags: &[String]) -> Result<bool> {
+        let doing = "delete tags";
+        let mut tx = self.db.begin(doing).await?;
+        let mut dropped = 0;
+        for tag in tags {
+            let deleted =
+                sqlx::query("DELETE FROM template_tags WHERE template_id = ? AND tag = ?")
+                    .bind(template.as_str())
+                    .bind(tag)
+                    .execute(&mut *tx)
+                    .await
+                    .map_err(Error::database(doing))?;
+            dropped += deleted.rows_affected();
         }
-        let superseded = untagged(&mut tx, template).await?;
         tx.commit().await.map_err(Error::database(doing))?;
-        Ok(Some(superseded))
+        Ok(dropped > 0)
     }
 
     /// Whether a template has this tag.
@@ -336,28 +238,14 @@ impl Store {
         .map_err(Error::database("look up a tag"))
     }
 
-    /// Deletes a template with all that belongs to it. Returns its snapshots.
-    pub(crate) async fn delete(&self, template: &TemplateId) -> Result<Vec<SnapshotId>> {
-        let doing = "delete a template";
-        let mut tx = self.db.begin(doing).await?;
-        let snapshots: Vec<String> = sqlx::query_scalar(
-            "SELECT snapshot_id FROM template_builds
-             WHERE template_id = ? AND snapshot_id IS NOT NULL",
-        )
-        .bind(template.as_str())
-        .fetch_all(&mut *tx)
-        .await
-        .map_err(Error::database(doing))?;
+    /// Deletes a template with its aliases, tags, builds and their logs.
+    pub(crate) async fn delete(&self, template: &TemplateId) -> Result<()> {
         sqlx::query("DELETE FROM templates WHERE id = ?")
             .bind(template.as_str())
-            .execute(&mut *tx)
+            .execute(&self.db.write)
             .await
-            .map_err(Error::database(doing))?;
-        tx.commit().await.map_err(Error::database(doing))?;
-        snapshots
-            .iter()
-            .map(|id| parse("template build", id))
-            .collect()
+            .map_err(Error::database("delete a template"))?;
+        Ok(())
     }
 
     /// Changes whether a template is for everyone.
@@ -384,110 +272,57 @@ impl Store {
         .map_err(Error::database("count a sandbox of a template"))?;
         Ok(())
     }
-
-    /// Ends every build that a previous run of the server did not.
-    pub(crate) async fn fail_unfinished(&self, reason: &str) -> Result<u64> {
-        let at = to_micros(now());
-        let done = sqlx::query(
-            "UPDATE template_builds SET status = 'error', reason = ?, updated_at = ?,
-                 finished_at = ? WHERE status IN ('waiting', 'building')",
-        )
-        .bind(reason)
-        .bind(at)
-        .bind(at)
-        .execute(&self.db.write)
-        .await
-        .map_err(Error::database("end unfinished builds"))?;
-        Ok(done.rows_affected())
-    }
-
-    /// Appends a line to a build's log.
-    pub(crate) async fn log(&self, build: Uuid, seq: u64, step: &BuildStep) -> Result<()> {
-        sqlx::query(
-            "INSERT INTO template_build_log (build_id, seq, at, level, step, message)
-             VALUES (?, ?, ?, ?, ?, ?)",
-        )
-        .bind(build.to_string())
-        .bind(i64::try_from(seq).unwrap_or(i64::MAX))
-        .bind(to_micros(now()))
-        .bind(step.level.as_str())
-        .bind(&step.step)
-        .bind(&step.message)
-        .execute(&self.db.write)
-        .await
-        .map_err(Error::database("write a build's log"))?;
-        Ok(())
-    }
-
-    /// Lines of a build's log, from the `offset`th on.
-    pub(crate) async fn read_log(
-        &self,
-        build: Uuid,
-        offset: u64,
-        limit: u32,
-    ) -> Result<Vec<BuildLine>> {
-        let rows = sqlx::query(
-            "SELECT * FROM template_build_log WHERE build_id = ? AND seq >= ? ORDER BY seq LIMIT ?",
-        )
-        .bind(build.to_string())
-        .bind(i64::try_from(offset).unwrap_or(i64::MAX))
-        .bind(limit)
-        .fetch_all(&self.db.read)
-        .await
-        .map_err(Error::database("read a build's log"))?;
-        rows.iter()
-            .map(|row| {
-                let level: String = row.get("level");
-                Ok(BuildLine {
-                    seq: row.get::<i64, _>("seq").unsigned_abs(),
-                    at: from_micros(row.get("at")),
-                    level: Level::parse(&level)
-                        .ok_or_else(|| Error::damaged("a build's log", format!("level {level}")))?,
-                    step: row.get("step"),
-                    message: row.get("message"),
-                })
-            })
-            .collect()
-    }
 }
 
-/// Takes the snapshot away from every build of a template that no tag stands for.
-async fn untagged(
-    tx: &mut sqlx::SqliteConnection,
+/// Has tags stand for a build, as a part of something.
+async fn assign_in(
+    tx: &mut SqliteConnection,
     template: &TemplateId,
-) -> Result<Vec<SnapshotId>> {
-    let doing = "find superseded builds";
-    let rows: Vec<String> = sqlx::query_scalar(
-        "SELECT snapshot_id FROM template_builds WHERE template_id = ?1
-             AND snapshot_id IS NOT NULL
-             AND id NOT IN (SELECT build_id FROM template_tags WHERE template_id = ?1)",
-    )
-    .bind(template.as_str())
-    .fetch_all(&mut *tx)
-    .await
-    .map_err(Error::database(doing))?;
-    for snapshot in &rows {
-        sqlx::query("UPDATE template_builds SET snapshot_id = NULL WHERE snapshot_id = ?")
-            .bind(snapshot)
-            .execute(&mut *tx)
-            .await
-            .map_err(Error::database(doing))?;
+    build: Uuid,
+    tags: &[String],
+) -> Result<()> {
+    let (doing, at) = ("assign tags", to_micros(now()));
+    for tag in tags {
+        sqlx::query(
+            "INSERT INTO template_tags (template_id, tag, build_id, assigned_at)
+             VALUES (?, ?, ?, ?)
+             ON CONFLICT DO UPDATE SET build_id = excluded.build_id,
+                 assigned_at = excluded.assigned_at",
+        )
+        .bind(template.as_str())
+        .bind(tag)
+        .bind(build.to_string())
+        .bind(at)
+        .execute(&mut *tx)
+        .await
+        .map_err(Error::database(doing))?;
     }
-    rows.iter().map(|id| parse("template build", id)).collect()
+    sqlx::query("UPDATE templates SET updated_at = ? WHERE id = ?")
+        .bind(at)
+        .bind(template.as_str())
+        .execute(&mut *tx)
+        .await
+        .map_err(Error::database(doing))?;
+    Ok(())
 }
 
 fn build_from_row(row: &SqliteRow) -> Result<Build> {
     let id: String = row.get("id");
     let what = || format!("template build {id}");
     let status: String = row.get("status");
-    let snapshot: Option<String> = row.get("snapshot_id");
+    let snapshot: Option<String> = row.get("made_id");
+    let spec: Option<String> = row.get("spec");
     Ok(Build {
         id: parse("template build", &id)?,
         template: parse(what(), &row.get::<String, _>("template_id"))?,
-        recipe: row.get("recipe"),
+        spec: spec.map(|spec| from_json(what(), &spec)).transpose()?,
+        tags: from_json(what(), &row.get::<String, _>("tags"))?,
         status: BuildStatus::parse(&status)
             .ok_or_else(|| Error::damaged(what(), format!("status {status}")))?,
         reason: row.get("reason"),
+        failed_step: row.get("failed_step"),
+        fingerprint: row.get("fingerprint"),
+        defaults: from_json(what(), &row.get::<String, _>("defaults"))?,
         snapshot: snapshot.map(|id| parse(what(), &id)).transpose()?,
         cpu_count: row.get("cpu_count"),
         memory_mib: row.get("memory_mib"),
@@ -504,4 +339,13 @@ where
     T::Err: std::fmt::Display,
 {
     text.parse().map_err(|e| Error::damaged(what, e))
+}
+
+fn from_json<T: DeserializeOwned>(what: impl Into<String>, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|error| Error::damaged(what, error))
+}
+
+/// JSON of a type of this crate, none of which can fail to be written.
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
 }

@@ -18,7 +18,7 @@ use cubicle_control::{
         CreateSandbox, Idempotency, LifecycleOptions, Lifetime, Reconciled, Sandbox, SandboxConfig,
     },
     snapshot::{CreateSnapshot, Snapshot},
-    template::{Build, BuildTemplate, Size},
+    template::{Build, BuildSpec, BuildTemplate, Size},
 };
 use cubicle_ids::{SandboxId, SnapshotId};
 use futures::TryStreamExt as _;
@@ -152,9 +152,12 @@ impl Plane {
         let request = BuildTemplate {
             name: name.into(),
             tags: Vec::new(),
-            recipe: "base".into(),
             size,
-            force: true,
+            spec: BuildSpec {
+                force: true,
+                ..BuildSpec::recipe("base")
+            },
+            request_id: None,
         };
         self.control
             .templates
@@ -210,6 +213,8 @@ pub fn request(template: &str) -> CreateSandbox {
         mounts: Vec::new(),
         network: NetworkOptions::default(),
         lifecycle: LifecycleOptions::default(),
+        cpu_count: None,
+        memory_mib: None,
         idempotency: None,
     }
 }

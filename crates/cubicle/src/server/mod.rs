@@ -15,7 +15,7 @@ use axum::serve::ListenerExt as _;
 use cubicle_api::{ApiConfig, AppState, AuthMode};
 use cubicle_control::{
     Control, ControlConfig,
-    template::{BuildTemplate, Size},
+    template::{BuildSpec, BuildTemplate, Size},
 };
 use cubicle_cow::{
     Store,
@@ -356,9 +356,12 @@ impl Server {
         let request = BuildTemplate {
             name: BASE.to_owned(),
             tags: Vec::new(),
-            recipe: BASE.to_owned(),
             size: Size::default(),
-            force: true,
+            spec: BuildSpec {
+                force: true,
+                ..BuildSpec::recipe(BASE)
+            },
+            request_id: None,
         };
         let started = self
             .control

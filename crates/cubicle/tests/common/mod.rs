@@ -27,7 +27,7 @@ use cubicle_control::{
     Control, ControlConfig,
     fleet::memory::MemoryFleet,
     lifecycle::State,
-    template::{BuildTemplate, Size},
+    template::{BuildSpec, BuildTemplate, Size},
 };
 use cubicle_ids::SandboxId;
 use cubicle_proxy::{
@@ -56,13 +56,16 @@ impl Server {
         let order = BuildTemplate {
             name: "base".into(),
             tags: Vec::new(),
-            recipe: "base".into(),
             size: Size {
                 cpu_count: 2,
                 memory_mib: 512,
                 disk_mib: 1024,
             },
-            force: true,
+            spec: BuildSpec {
+                force: true,
+                ..BuildSpec::recipe("base")
+            },
+            request_id: None,
         };
         let build = control.templates.build(order).await.unwrap().build;
         let lines = control.templates.follow(build.id);
