@@ -313,7 +313,11 @@ fn verify(header: &tar::Header, block: &[u8; BLOCK]) -> Result<(), Fault> {
     };
     let sum = |bytes: &[u8]| bytes.iter().map(|&byte| u32::from(byte)).sum::<u32>();
     let actual = sum(&block[..148]) + 8 * u32::from(b' ') + sum(&block[156..]);
-    if claimed == actual { Ok(()) } else { Err(wrong) }
+    if claimed == actual {
+        Ok(())
+    } else {
+        Err(wrong)
+    }
 }
 
 fn check_name(name: &[u8], field: &'static str) -> Result<(), Fault> {

@@ -72,4 +72,3 @@ impl<R: Read> Read for Decompressed<R> {
         }
     }
 }
-

@@ -38,11 +38,7 @@ pub(super) fn write_file<R: Read>(
     if member.length > MAX_LENGTH {
         return Err(Fault::Field("size"));
     }
-    let flags = OFlags::WRONLY
-        | OFlags::CREATE
-        | OFlags::EXCL
-        | OFlags::NOFOLLOW
-        | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mode = Mode::from_raw_mode(0o600);
     let file = openat(place.parent.fd(), &*place.name, flags, mode)
         .map_err(|error| Fault::system("create it", error))?;

@@ -8,9 +8,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{
-        AtFlags, FileType, Mode, linkat, makedev, mkdirat, mknodat, symlinkat, unlinkat,
-    },
+    fs::{AtFlags, FileType, Mode, linkat, makedev, mkdirat, mknodat, symlinkat, unlinkat},
     io::Errno,
 };
 
@@ -161,12 +159,8 @@ impl<'a, R: Read> Layer<'a, R> {
             Some(stat) if is_directory(&stat) => {}
             _ => {
                 self.clear(place)?;
-                mkdirat(
-                    place.parent.fd(),
-                    &*place.name,
-                    Mode::from_raw_mode(0o700),
-                )
-                .map_err(|error| Fault::system("make it", error))?;
+                mkdirat(place.parent.fd(), &*place.name, Mode::from_raw_mode(0o700))
+                    .map_err(|error| Fault::system("make it", error))?;
             }
         }
         let directory = tree::enter(&place.parent, &place.name)?;

@@ -140,8 +140,7 @@ impl Tree {
         if path.is_empty() {
             return Ok(Some(self.root.clone()));
         }
-        let inside =
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
         let fd = loop {
             match openat2(self.root.fd(), path, DIRECTORY, Mode::empty(), inside) {
                 Ok(fd) => break fd,
