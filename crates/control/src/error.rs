@@ -196,6 +196,12 @@ pub enum Error {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// What a step of a template ran did not succeed.
+    #[error("{why}")]
+    StepFailed {
+        /// How it ended, and the last that it printed.
+        why: String,
+    },
     /// Sandboxes of the template run.
     #[error("Template '{template}' is used by sandbox {sandbox}; kill that first")]
     TemplateInUse {
@@ -203,6 +209,20 @@ pub enum Error {
         template: String,
         /// One of its sandboxes.
         sandbox: SandboxId,
+    },
+    /// The template store has nothing of this name.
+    #[error("the template store has no template '{name}'")]
+    NotInStore {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// The catalogue of the template store cannot be used.
+    #[error("cannot read the catalogue of the template store from {from}: {why}")]
+    Catalogue {
+        /// Where it should come from.
+        from: String,
+        /// What is wrong with it.
+        why: String,
     },
     /// The node failed or refused.
     #[error(transparent)]

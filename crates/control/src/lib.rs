@@ -1,9 +1,9 @@
 //! The control plane: what sandboxes and templates there are to be.
 //!
 //! `control` holds intent and the API's truth: keys, templates, sandboxes with their timeouts,
-//! metadata and tokens, and their snapshots and volumes. The fleet below it holds fact. Five
-//! services make up its face, gathered in [`Control`]: [`Keys`], [`Templates`], [`Sandboxes`],
-//! [`Snapshots`] and [`Volumes`]. None of them knows HTTP.
+//! metadata and tokens, and their snapshots and volumes. The fleet below it holds fact. Six
+//! services make up its face, gathered in [`Control`]: [`Keys`], [`Templates`], [`TemplateStore`],
+//! [`Sandboxes`], [`Snapshots`] and [`Volumes`]. None of them knows HTTP.
 //!
 //! Invariants:
 //! - A sandbox changes state in [`lifecycle::next`] and nowhere else; kill is legal in every state.
@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod sandbox;
 mod secret;
 pub mod snapshot;
+pub mod store;
 pub mod template;
 pub mod volume;
 
@@ -39,6 +40,7 @@ use self::{
     metrics::Metrics,
     sandbox::{Reconciled, SandboxConfig, Sandboxes},
     snapshot::{SnapshotConfig, Snapshots},
+    store::{StoreConfig, TemplateStore},
     template::{TemplateConfig, Templates},
     volume::{VolumeConfig, Volumes},
 };
@@ -56,6 +58,8 @@ pub struct ControlConfig {
     pub volumes: VolumeConfig,
     /// How templates are built.
     pub templates: TemplateConfig,
+    /// What templates there are to be had.
+    pub store: StoreConfig,
 }
 
 impl ControlConfig {
@@ -66,6 +70,7 @@ impl ControlConfig {
         Self {
             volumes: VolumeConfig::beside(&database),
             templates: TemplateConfig::beside(&database),
+            store: StoreConfig::default(),
             database,
             sandboxes: SandboxConfig::default(),
             snapshots: SnapshotConfig::default(),
@@ -80,6 +85,8 @@ pub struct Control {
     pub keys: Keys,
     /// What sandboxes are made from.
     pub templates: Templates,
+    /// Templates that there are to be had.
+    pub store: TemplateStore,
     /// The sandboxes.
     pub sandboxes: Sandboxes,
     /// The past of sandboxes.
@@ -123,6 +130,7 @@ impl Control {
         Ok((
             Self {
                 keys,
+                store: TemplateStore::new(config.store, templates.clone()),
                 templates,
                 snapshots,
                 volumes,
