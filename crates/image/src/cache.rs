@@ -20,12 +20,16 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// One kind of artefact in the image directory, such as `kernels`.
 #[derive(Debug, Clone)]
-pub(crate) struct Cache {
+pub struct Cache {
     directory: PathBuf,
 }
 
 impl Cache {
-    pub(crate) fn open(root: &Path, kind: &str) -> Result<Cache> {
+    /// The artefacts of a kind in the image directory `root`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if it cannot be made.
+    pub fn open(root: &Path, kind: &str) -> Result<Cache> {
         let directory = root.join(kind);
         fs_err::create_dir_all(&directory).during("make the image directory")?;
         // Paths into it must hold wherever they are used.
@@ -34,16 +38,15 @@ impl Cache {
     }
 
     /// The final path of a file or directory.
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
     /// Waits until nobody else makes the artefact with this fingerprint.
-    pub(crate) async fn lock(
-        &self,
-        fingerprint: &Fingerprint,
-        progress: &Progress,
-    ) -> Result<Arc<Lock>> {
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if the lock file cannot be used.
+    pub async fn lock(&self, fingerprint: &Fingerprint, progress: &Progress) -> Result<Arc<Lock>> {
         let path = self.path(&format!(".{}.lock", fingerprint.short()));
         let mut waited = false;
         loop {
@@ -73,7 +76,10 @@ impl Cache {
 
     /// A place to make the artefact in that the lock is for: it is removed when dropped before it
     /// was published. What is there already was left by a crash.
-    pub(crate) fn draft(&self, lock: &Arc<Lock>, suffix: &str) -> Result<Draft> {
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if that cannot be removed.
+    pub fn draft(&self, lock: &Arc<Lock>, suffix: &str) -> Result<Draft> {
         let path = self.path(&format!(".{}{suffix}.partial", lock.fingerprint.short()));
         remove(&path).during("remove what an interrupted build left")?;
         Ok(Draft {
@@ -84,7 +90,7 @@ impl Cache {
     }
 
     /// Notes that an artefact was used now, for [`Cache::prune`].
-    pub(crate) fn touch(&self, name: &str) {
+    pub fn touch(&self, name: &str) {
         // Only the order of removal depends on it; a read-only directory is no reason to fail.
         let file = fs_err::File::open(self.path(name));
         file.and_then(|file| file.file().set_modified(SystemTime::now()))
@@ -123,7 +129,7 @@ impl Cache {
 
 /// The right to make one artefact; given back when it and all drafts under it are dropped.
 #[derive(Debug)]
-pub(crate) struct Lock {
+pub struct Lock {
     fingerprint: Fingerprint,
     path: PathBuf,
     _file: fs_err::File,
@@ -138,7 +144,7 @@ impl Drop for Lock {
 
 /// An artefact that is not finished.
 #[derive(Debug)]
-pub(crate) struct Draft {
+pub struct Draft {
     path: PathBuf,
     published: bool,
     /// Held for as long as something may be written here, also by a thread that outlives the
@@ -147,12 +153,16 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    pub(crate) fn path(&self) -> &Path {
+    /// Where to write it.
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Gives the artefact its final name, at once and as a whole. Its data must have been synced.
-    pub(crate) fn publish(mut self, to: &Path) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if it cannot be renamed.
+    pub fn publish(mut self, to: &Path) -> Result<()> {
         let publish = || {
             if to.is_dir() {
                 // Unlike a file, it cannot be replaced by a rename. It is not whole, or nobody

@@ -26,8 +26,21 @@ const JOURNAL_MIB: u32 = 16;
 /// Image sizes are multiples of this, in bytes, so that an image may also be mapped by huge pages.
 pub(crate) const ALIGNMENT: u64 = 2 << 20;
 
-/// Packs `tree`, with its owners, modes and attributes, into a sparse ext4 image of `bytes`
-/// (rounded up to the alignment) at `image`. `work` is a directory for a small file.
+/// What is to be packed.
+#[derive(Debug)]
+pub struct Packing<'a> {
+    /// The directory that becomes the root, with its owners, modes and attributes.
+    pub tree: &'a Path,
+    /// Size of the disk, in bytes. It is rounded up to a multiple of 2 MiB.
+    pub bytes: u64,
+    /// How many files the file system has room for, if that is not to follow from its size: one
+    /// in 16 KiB.
+    pub inodes: Option<u64>,
+    /// Decides the UUID of the file system.
+    pub identity: &'a Fingerprint,
+}
+
+/// Packs `tree` into a sparse ext4 image of `bytes`; see [`Packing::pack`].
 pub(crate) async fn pack(
     tree: &Path,
     image: &Path,
@@ -36,32 +49,53 @@ pub(crate) async fn pack(
     work: &Path,
     log: &Path,
 ) -> Result<()> {
-    let bytes = bytes.next_multiple_of(ALIGNMENT);
-    let config = work.join("mke2fs.conf");
-    fs_err::write(&config, FEATURES).during("write a configuration file")?;
-    let create = fs_err::File::create(image).and_then(|file| file.file().set_len(bytes));
-    create.during("create a disk image")?;
-    let uuid = uuid(identity);
-    // Inode tables and journal are initialised now, while they are holes in a sparse file: the
-    // guest would otherwise write them out, block by block, in every sandbox's own volume.
-    let extended =
-        format!("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={uuid}");
-    Program::new(
-        "mke2fs",
-        "e2fsprogs",
-        "make the file system of a disk image",
-    )
-    .args([
-        "-q", "-F", "-t", "ext4", "-m", "0", "-L", "sandbox", "-U", &uuid,
-    ])
-    .args(["-J", &format!("size={JOURNAL_MIB}")])
-    .args(["-E", &extended, "-d"])
-    .arg(tree)
-    .arg(image)
-    .env("MKE2FS_CONFIG", &config)
-    .log(log)
-    .run(|_| ())
-    .await
+    let packing = Packing {
+        tree,
+        bytes,
+        inodes: None,
+        identity,
+    };
+    packing.pack(image, work, log).await
+}
+
+impl Packing<'_> {
+    /// Makes a sparse ext4 image at `image`. `work` is a directory for a small file; what the
+    /// program says is appended to `log`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Program`], also if the tree has no room in the image.
+    pub async fn pack(&self, image: &Path, work: &Path, log: &Path) -> Result<()> {
+        let bytes = self.bytes.next_multiple_of(ALIGNMENT);
+        let config = work.join("mke2fs.conf");
+        fs_err::write(&config, FEATURES).during("write a configuration file")?;
+        let create = fs_err::File::create(image).and_then(|file| file.file().set_len(bytes));
+        create.during("create a disk image")?;
+        let uuid = uuid(self.identity);
+        // Inode tables and journal are initialised now, while they are holes in a sparse file: the
+        // guest would otherwise write them out, block by block, in every sandbox's own volume.
+        let extended =
+            format!("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={uuid}");
+        let inodes = self
+            .inodes
+            .map(|inodes| ["-N".to_owned(), inodes.to_string()]);
+        Program::new(
+            "mke2fs",
+            "e2fsprogs",
+            "make the file system of a disk image",
+        )
+        .args([
+            "-q", "-F", "-t", "ext4", "-m", "0", "-L", "sandbox", "-U", &uuid,
+        ])
+        .args(["-J", &format!("size={JOURNAL_MIB}")])
+        .args(inodes.into_iter().flatten())
+        .args(["-E", &extended, "-d"])
+        .arg(self.tree)
+        .arg(image)
+        .env("MKE2FS_CONFIG", &config)
+        .log(log)
+        .run(|_| ())
+        .await
+    }
 }
 
 /// A UUID made of a fingerprint, marked as one of the kind that has no further structure (8).

@@ -14,7 +14,7 @@ pub struct Fingerprint(String);
 
 impl Fingerprint {
     /// The fingerprint of a description: its JSON form, whose field order is that of the type.
-    pub(crate) fn of(description: &impl Serialize) -> Fingerprint {
+    pub fn of(description: &impl Serialize) -> Fingerprint {
         #[expect(
             clippy::expect_used,
             reason = "descriptions are structs of strings and numbers"

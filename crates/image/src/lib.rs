@@ -37,6 +37,7 @@ mod rootfs;
 mod scratch;
 mod setup;
 mod version;
+pub mod workshop;
 
 pub use apt::{Distribution, Host};
 pub use error::{Error, Result};

@@ -16,7 +16,7 @@ use crate::{
 
 /// An empty directory that only this build uses. Dropping it undoes the mount and removes it.
 #[derive(Debug)]
-pub(crate) struct Scratch {
+pub struct Scratch {
     path: PathBuf,
     in_memory: bool,
 }
@@ -25,7 +25,10 @@ impl Scratch {
     /// Makes the directory `path`, with room for `bytes`. In memory if three times as much is
     /// available there, so that a build never competes with running sandboxes for the last of it.
     /// What is at `path` already was left by a crash and is removed.
-    pub(crate) fn new(path: PathBuf, bytes: u64) -> Result<Scratch> {
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if that fails, or if something of somebody else is mounted there.
+    pub fn new(path: PathBuf, bytes: u64) -> Result<Scratch> {
         discard(&path).during("remove what an interrupted build left")?;
         fs_err::create_dir_all(&path).during("make a working directory")?;
         // From here on, dropping it cleans up.
@@ -51,11 +54,13 @@ impl Scratch {
         Ok(scratch)
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// The directory.
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(crate) fn in_memory(&self) -> bool {
+    /// Whether it is in memory.
+    pub fn in_memory(&self) -> bool {
         self.in_memory
     }
 }
