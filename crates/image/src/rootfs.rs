@@ -218,6 +218,8 @@ async fn bootstrap(
             program = program.arg(format!("--setup-hook=copy-in {} /etc/apt", path.display()));
         }
     }
+    // Packages that offer alternatives fail to install where not even the directory is.
+    program = program.arg("--essential-hook=mkdir -p \"$1/usr/share/man/man1\"");
     let mut hook = std::ffi::OsString::from("--customize-hook=");
     hook.push(&customize);
     let mut meter = Meter::default();
