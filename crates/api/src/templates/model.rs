@@ -1,10 +1,12 @@
 //! Templates as clients see them.
 
-use cubicle_control::template::{self, BuildLine, BuildStatus};
+use cubicle_control::template::{self, BuildLine, BuildSpec, BuildStatus, Origin, Probe};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
+
+use super::status::Job;
 
 /// A template.
 #[derive(Debug, Serialize, ToSchema)]
@@ -55,6 +57,23 @@ pub(crate) struct TemplateBody {
     /// Why the latest build failed, if it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     last_error: Option<String>,
+    /// Whether this server comes with it.
+    is_default: bool,
+    /// The latest build in Cube's words.
+    #[serde(rename = "jobID")]
+    job_id: String,
+    /// What it begins with: an image, or `recipe` or `template` and a name.
+    image_info: String,
+    /// Always `cubebox`.
+    instance_type: &'static str,
+    /// Always `tap`.
+    network_type: &'static str,
+    /// Always true: less is asked for when a sandbox is created.
+    allow_internet_access: bool,
+    /// The tag of the build that it stands for; of several, the first.
+    version: String,
+    /// Ports that its servers listen on.
+    exposed_ports: Vec<u16>,
 }
 
 /// Who made a template.
@@ -65,7 +84,16 @@ impl TemplateBody {
     /// `None` for a template without any build, which the store does not make.
     pub(crate) fn new(template: &template::Template) -> Option<Self> {
         let build = template.build()?;
+        let latest = template.builds.first().unwrap_or(build);
         Some(Self {
+            is_default: is_default(template),
+            job_id: Job(latest.id).to_string(),
+            image_info: build.spec.as_ref().map(origin).unwrap_or_default(),
+            instance_type: "cubebox",
+            network_type: "tap",
+            allow_internet_access: true,
+            version: build.tags.first().cloned().unwrap_or_default(),
+            exposed_ports: build.defaults.ports.clone(),
             template_id: template.id.to_string(),
             build_id: build.id,
             cpu_count: build.cpu_count,
@@ -91,7 +119,23 @@ impl TemplateBody {
     }
 }
 
-const fn in_cubes_words(status: BuildStatus) -> &'static str {
+/// The names of what this server comes with.
+const DEFAULT_TEMPLATES: [&str; 2] = [template::BASE_RECIPE, "code-interpreter-v1"];
+
+/// Whether this server comes with a template.
+pub(super) fn is_default(template: &template::Template) -> bool {
+    let mut names = template.aliases.iter();
+    names.any(|name| DEFAULT_TEMPLATES.contains(&name.as_str()))
+}
+
+fn origin(spec: &BuildSpec) -> String {
+    match &spec.origin {
+        Origin::Image { reference, .. } => reference.clone(),
+        other => other.to_string(),
+    }
+}
+
+pub(super) const fn in_cubes_words(status: BuildStatus) -> &'static str {
     match status {
         BuildStatus::Waiting => "PENDING",
         BuildStatus::Building => "BUILDING",
@@ -102,11 +146,107 @@ const fn in_cubes_words(status: BuildStatus) -> &'static str {
 
 /// A template with its builds.
 #[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct TemplateWithBuilds {
     #[serde(flatten)]
-    pub(crate) template: TemplateBody,
+    template: TemplateBody,
     /// Newest first.
-    pub(crate) builds: Vec<TemplateBuildBody>,
+    builds: Vec<TemplateBuildBody>,
+    /// Where it is, in Cube's words.
+    replicas: Vec<Replica>,
+    /// What it was asked for with, in Cube's words; without secrets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    create_request: Option<CreateRequest>,
+}
+
+impl TemplateWithBuilds {
+    /// A template and some of its builds. `None` for one without any build.
+    pub(crate) fn new(
+        template: &template::Template,
+        builds: &[template::Build],
+        node: &str,
+    ) -> Option<Self> {
+        let build = template.build()?;
+        let ready = build.snapshot.is_some();
+        let replica = Replica {
+            node_id: node.to_owned(),
+            status: in_cubes_words(build.status),
+            job_id: Job(build.id).to_string(),
+        };
+        Some(Self {
+            template: TemplateBody::new(template)?,
+            builds: builds.iter().map(Into::into).collect(),
+            replicas: ready.then_some(replica).into_iter().collect(),
+            create_request: build
+                .spec
+                .as_ref()
+                .map(|spec| CreateRequest::new(spec, build)),
+        })
+    }
+}
+
+/// A template on a node.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = TemplateReplica)]
+pub(crate) struct Replica {
+    /// The node.
+    #[serde(rename = "nodeID")]
+    node_id: String,
+    /// `READY`.
+    status: &'static str,
+    /// What made it.
+    #[serde(rename = "jobID")]
+    job_id: String,
+}
+
+/// What a template was asked for with.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = TemplateCreateRequest)]
+pub(crate) struct CreateRequest {
+    /// What it begins with.
+    image: String,
+    /// Thousandths of a CPU.
+    cpu: u32,
+    /// Memory, in MiB.
+    memory: u32,
+    /// Variables that were set; their values may be secrets and are not told.
+    env: Vec<String>,
+    /// Ports that were named.
+    exposed_ports: Vec<u16>,
+    /// Name servers.
+    dns: Vec<String>,
+    /// What was to be started in the place of the image's own command.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    command: Option<Vec<String>>,
+    /// Port of the probe.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probe_port: Option<u16>,
+    /// Path of the probe.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probe_path: Option<String>,
+}
+
+impl CreateRequest {
+    fn new(spec: &BuildSpec, build: &template::Build) -> Self {
+        let (probe_port, probe_path) = match &spec.ready {
+            Probe::Http { port, path } => (Some(*port), Some(path.clone())),
+            Probe::Tcp { port } => (Some(*port), None),
+            Probe::None | Probe::Command(_) => (None, None),
+        };
+        Self {
+            image: origin(spec),
+            cpu: build.cpu_count.saturating_mul(1000),
+            memory: build.memory_mib,
+            env: spec.env.iter().map(|(name, _)| name.clone()).collect(),
+            exposed_ports: spec.ports.clone(),
+            dns: spec.dns.iter().map(ToString::to_string).collect(),
+            command: spec.command.clone(),
+            probe_port,
+            probe_path,
+        }
+    }
 }
 
 /// One build of a template.
@@ -233,9 +373,15 @@ pub(crate) struct BuildInfo {
 
 /// Why a build failed.
 #[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct BuildReason {
     /// For a person.
     pub(crate) message: String,
+    /// Where: `base`, the number of a step from 1 on, or `finalize`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) step: Option<String>,
+    /// What was said there last.
+    pub(crate) log_entries: Vec<BuildLogEntry>,
 }
 
 /// A part of a build's log.

@@ -1,25 +1,19 @@
 //! Templates, looked at, changed and deleted.
 
 use axum::{Json, extract::State};
-use cubicle_control::{
-    fleet::Level,
-    template::{BuildLine, LogPage, Template},
-};
+use cubicle_control::template::Template;
 use http::{HeaderMap, StatusCode};
 
 use super::model::{
-    AliasBody, BuildInfo, BuildLogs, BuildReason, TemplateBody, TemplateBuildBody, TemplateUpdate,
-    TemplateUpdated, TemplateWithBuilds,
+    AliasBody, TemplateBody, TemplateUpdate, TemplateUpdated, TemplateWithBuilds, is_default,
 };
 use crate::{
     AppState,
     error::{ApiError, ApiResult, ErrorBody},
-    extract::{JsonBody, Query, Segment, Segments, next_page},
+    extract::{JsonBody, Query, Segment, next_page},
 };
 
 const MAX_PAGE: u64 = 100;
-/// What this server comes with.
-const DEFAULT_TEMPLATES: [&str; 1] = ["base"];
 
 /// List templates
 #[utoipa::path(
@@ -73,17 +67,11 @@ pub(crate) async fn list_v2(
     responses((status = 200, body = Vec<TemplateBody>), (status = 401, body = ErrorBody)),
 )]
 pub(crate) async fn defaults(State(state): State<AppState>) -> ApiResult<Json<Vec<TemplateBody>>> {
-    let is_default = |template: &&Template| {
-        template
-            .aliases
-            .iter()
-            .any(|alias| DEFAULT_TEMPLATES.contains(&alias.as_str()))
-    };
     let templates = state.control.templates.list().await?;
     Ok(Json(
         templates
             .iter()
-            .filter(is_default)
+            .filter(|template| is_default(template))
             .filter_map(TemplateBody::new)
             .collect(),
     ))
@@ -92,27 +80,47 @@ pub(crate) async fn defaults(State(state): State<AppState>) -> ApiResult<Json<Ve
 /// Get a template
 #[utoipa::path(
     get, path = "/templates/{templateID}", tag = "templates",
-    params(("templateID" = String, Path, description = "Its id or a name")),
+    params(
+        ("templateID" = String, Path, description = "Its id or a name"),
+        ("nextToken" = Option<String>, Query, description = "For its builds"),
+        ("limit" = Option<u32>, Query, description = "For its builds: 1 to 100 (default)"),
+    ),
     responses(
-        (status = 200, body = TemplateWithBuilds),
+        (status = 200, body = TemplateWithBuilds, headers(("X-Next-Token" = String))),
+        (status = 400, body = ErrorBody),
         (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
     ),
 )]
 pub(crate) async fn get(
     State(state): State<AppState>,
     Segment(reference): Segment,
-) -> ApiResult<Json<TemplateWithBuilds>> {
+    query: Query,
+) -> ApiResult<(HeaderMap, Json<TemplateWithBuilds>)> {
     let template = state.control.templates.get(&reference).await?;
-    let builds = template
-        .builds
-        .iter()
-        .map(TemplateBuildBody::from)
-        .collect();
-    let body = TemplateBody::new(&template).ok_or_else(|| ApiError::internal(&"no build"))?;
-    Ok(Json(TemplateWithBuilds {
-        template: body,
-        builds,
-    }))
+    with_builds(&state, &template, &query)
+}
+
+/// A template with a page of its builds.
+pub(super) fn with_builds(
+    state: &AppState,
+    template: &Template,
+    query: &Query,
+) -> ApiResult<(HeaderMap, Json<TemplateWithBuilds>)> {
+    let limit = query.number("limit", 1..=MAX_PAGE)?.unwrap_or(MAX_PAGE);
+    let mut builds = template.builds.as_slice();
+    if let Some(last) = query.text("nextToken")? {
+        let place = builds.iter().position(|build| build.id.to_string() == last);
+        let place = place.ok_or_else(|| ApiError::field("nextToken", "names no build"))?;
+        builds = &builds[place + 1..];
+    }
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let more = builds.len() > limit;
+    builds = &builds[..limit.min(builds.len())];
+    let last = builds.last().filter(|_| more);
+    let headers = next_page(last.map(|build| &build.id));
+    let body = TemplateWithBuilds::new(template, builds, &state.config.node_id);
+    let body = body.ok_or_else(|| ApiError::internal(&"a template without a build"))?;
+    Ok((headers, Json(body)))
 }
 
 /// Delete a template or a snapshot
@@ -126,7 +134,7 @@ pub(crate) async fn get(
         (status = 204, description = "It is gone"),
         (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody),
-        (status = 409, body = ErrorBody, description = "A paused sandbox consists of it"),
+        (status = 409, body = ErrorBody, description = "Sandboxes use it"),
     ),
 )]
 pub(crate) async fn delete(
@@ -198,108 +206,4 @@ pub(crate) async fn alias(
         template_id: template.id.to_string(),
         public: template.public,
     }))
-}
-
-/// How far a build is
-#[utoipa::path(
-    get, path = "/templates/{templateID}/builds/{buildID}/status", tag = "templates",
-    params(
-        ("templateID" = String, Path), ("buildID" = String, Path),
-        ("logsOffset" = Option<u64>, Query, description = "Lines read already"),
-        ("limit" = Option<u32>, Query, description = "0 to 100 (default)"),
-        ("level" = Option<String>, Query, description = "Nothing less grave than this"),
-    ),
-    responses(
-        (status = 200, body = BuildInfo),
-        (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
-    ),
-)]
-pub(crate) async fn build_status(
-    State(state): State<AppState>,
-    Segments(template, build): Segments,
-    query: Query,
-) -> ApiResult<Json<BuildInfo>> {
-    let build = state.control.templates.build_of(&template, &build).await?;
-    let offset = query.number("logsOffset", 0..=u64::MAX)?.unwrap_or(0);
-    let lines = lines(&state, build.id, offset, &query).await?;
-    Ok(Json(BuildInfo {
-        template_id: build.template.to_string(),
-        build_id: build.id,
-        status: build.status.as_str(),
-        logs: Vec::new(),
-        log_entries: lines.into_iter().map(Into::into).collect(),
-        reason: build.reason.map(|message| BuildReason { message }),
-    }))
-}
-
-/// A build's log
-#[utoipa::path(
-    get, path = "/templates/{templateID}/builds/{buildID}/logs", tag = "templates",
-    params(
-        ("templateID" = String, Path), ("buildID" = String, Path),
-        ("cursor" = Option<i64>, Query, description = "Milliseconds since 1970"),
-        ("limit" = Option<u32>, Query, description = "0 to 100 (default)"),
-        ("direction" = Option<String>, Query, description = "`forward` (default) or `backward`"),
-        ("level" = Option<String>, Query, description = "Nothing less grave than this"),
-    ),
-    responses(
-        (status = 200, body = BuildLogs),
-        (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
-    ),
-)]
-pub(crate) async fn build_logs(
-    State(state): State<AppState>,
-    Segments(template, build): Segments,
-    query: Query,
-) -> ApiResult<Json<BuildLogs>> {
-    let build = state.control.templates.build_of(&template, &build).await?;
-    let cursor = query.unix_millis("cursor")?;
-    let backward = crate::sandboxes::backward(&query)?;
-    let limit = page(&query)?;
-    let level = crate::sandboxes::level(&query)?;
-    let mut lines = state
-        .control
-        .templates
-        .build_log(build.id, LogPage::from(0, u32::MAX))
-        .await?;
-    if backward {
-        lines.reverse();
-    }
-    lines.retain(|line| {
-        let in_reach = cursor.is_none_or(|at| {
-            if backward {
-                line.at <= at
-            } else {
-                line.at >= at
-            }
-        });
-        in_reach && line.level >= level
-    });
-    lines.truncate(limit);
-    Ok(Json(BuildLogs {
-        logs: lines.into_iter().map(Into::into).collect(),
-    }))
-}
-
-/// One page of a build's log. Lines that are not grave enough count for the offset all the same.
-async fn lines(
-    state: &AppState,
-    build: uuid::Uuid,
-    offset: u64,
-    query: &Query,
-) -> ApiResult<Vec<BuildLine>> {
-    let level: Level = crate::sandboxes::level(query)?;
-    let limit = u32::try_from(page(query)?).unwrap_or(u32::MAX);
-    let mut lines = state
-        .control
-        .templates
-        .build_log(build, LogPage::from(offset, limit))
-        .await?;
-    lines.retain(|line| line.level >= level);
-    Ok(lines)
-}
-
-fn page(query: &Query) -> ApiResult<usize> {
-    let limit = query.number("limit", 0..=MAX_PAGE)?.unwrap_or(MAX_PAGE);
-    Ok(usize::try_from(limit).unwrap_or(usize::MAX))
 }
