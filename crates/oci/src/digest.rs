@@ -23,11 +23,14 @@ impl Digest {
     }
 
     pub(crate) fn of_file(path: &Path) -> std::io::Result<Digest> {
-        let mut file = fs_err::File::open(path)?;
+        Digest::of_reader(fs_err::File::open(path)?)
+    }
+
+    pub(crate) fn of_reader(mut input: impl Read) -> std::io::Result<Digest> {
         let mut hasher = Sha256::new();
         let mut buffer = vec![0; 1 << 18];
         loop {
-            match file.read(&mut buffer)? {
+            match input.read(&mut buffer)? {
                 0 => return Ok(Digest(hasher.finalize().into())),
                 n => hasher.update(&buffer[..n]),
             }

@@ -163,9 +163,12 @@ pub(super) fn describe_unopened(place: &Place, member: &Member) -> Result<(), Fa
     .map_err(|error| Fault::system("set its time", error))
 }
 
+/// Name and value.
+type Attribute<'a> = (&'a [u8], &'a [u8]);
+
 /// Those extended attributes that mean something in a guest. Labels of a security module that is
 /// not there, and what container tools note for themselves, are left out.
-fn attributes(member: &Member) -> Result<Vec<(&[u8], &[u8])>, Fault> {
+fn attributes(member: &Member) -> Result<Vec<Attribute<'_>>, Fault> {
     let wanted = |name: &[u8]| {
         name.starts_with(b"user.")
             || name == b"security.capability"
@@ -176,7 +179,7 @@ fn attributes(member: &Member) -> Result<Vec<(&[u8], &[u8])>, Fault> {
     let list: Vec<_> = wanted
         .map(|(name, value)| (name.as_slice(), value.as_slice()))
         .collect();
-    let size = |(name, value): &(&[u8], &[u8])| name.len() + value.len() + XATTR_HEADER;
+    let size = |(name, value): &Attribute<'_>| name.len() + value.len() + XATTR_HEADER;
     if list.iter().any(|(name, _)| name.len() > 255)
         || list.iter().map(size).sum::<usize>() > MAX_XATTRS
     {
