@@ -20,7 +20,7 @@ use tower_http::cors::{Any, CorsLayer};
 use crate::{
     access::{self, State},
     channel::Introduce,
-    files,
+    copy, files,
     filesystem::Filesystem,
     proto::filesystem::FilesystemExt as _,
     share, system,
@@ -78,6 +78,8 @@ impl Api {
             .route(guest_api::SYNC_PATH, post(system::sync))
             .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(MAX_MESSAGE_SIZE))
+            // An archive is as long as it is, and never held as a whole.
+            .route(guest_api::COPY_PATH, post(copy::serve))
             .with_state(self.clone())
             .merge(self.routes())
     }

@@ -15,6 +15,7 @@
 pub mod access;
 mod blocking;
 pub mod channel;
+mod copy;
 pub mod daemon;
 mod fds;
 pub mod files;

@@ -8,6 +8,7 @@
 //! | call | request | answer |
 //! |---|---|---|
 //! | `POST /sync` | | 204 once every file system is written back |
+//! | `POST /copy?`[`CopyQuery`] | an archive, tar | 204 once its files are in their places |
 //! | `GET /logs` | | 200, one [`LogEntry`] per line, oldest first |
 //! | `POST /shares/{tag}` | replies to the guest's requests | 200, requests; see [`share`](crate::share) |
 
@@ -23,6 +24,25 @@ pub const LOGS_PATH: &str = "/logs";
 
 /// Path of the call that has the guest write back what its file systems hold.
 pub const SYNC_PATH: &str = "/sync";
+
+/// Path of the call that puts the files of an archive into their places.
+pub const COPY_PATH: &str = "/copy";
+
+/// What becomes of the files of an archive, by the rules of a Dockerfile's COPY.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyQuery {
+    /// What was copied, relative to the root of the archive. Of a directory its contents are; a
+    /// wildcard stands for every file that the archive has there.
+    pub src: String,
+    /// Where to, absolute. A directory if it ends in `/`, is one already, or takes several files;
+    /// otherwise the file's new name. Whatever is missing on the way is made.
+    pub dest: String,
+    /// Who owns all of it: `user`, `user:group`, or numbers.
+    pub owner: String,
+    /// Mode of every file and directory. Absent: as in the archive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<u32>,
+}
 
 /// Everything that a guest cannot know about itself after a restore. An absent field leaves what
 /// the guest has; E2B's field names where E2B has the field.

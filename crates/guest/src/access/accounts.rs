@@ -66,6 +66,39 @@ impl Accounts {
             })
     }
 
+    /// Whom an image means by `user`, `user:group`, or numbers. Numbers need not be anybody's, and
+    /// root exists in every image.
+    #[must_use]
+    pub fn resolve(&self, text: &str) -> Option<User> {
+        let (name, group) = match text.split_once(':') {
+            Some((name, group)) => (name, Some(group).filter(|group| !group.is_empty())),
+            None => (text, None),
+        };
+        let nobodys = || {
+            let uid = if name == "root" {
+                0
+            } else {
+                name.parse().ok()?
+            };
+            Some(User {
+                name: name.to_owned(),
+                uid,
+                gid: 0,
+                home: PathBuf::from(if uid == 0 { "/root" } else { "/" }),
+                shell: PathBuf::from("/bin/sh"),
+            })
+        };
+        let mut user = self.user(name).cloned().or_else(nobodys)?;
+        if let Some(group) = group {
+            let known = self.groups.iter().find(|known| known.name == group);
+            user.gid = match known {
+                Some(known) => known.gid,
+                None => group.parse().ok()?,
+            };
+        }
+        Some(user)
+    }
+
     /// The ids of the groups that list `user` as a member, and of its primary one.
     #[must_use]
     pub fn groups_of(&self, user: &User) -> Vec<u32> {
@@ -169,6 +202,15 @@ mod tests {
         assert_eq!(user.shell, Path::new("/bin/sh"));
         assert_eq!(accounts.user("1000"), Some(user));
         assert_eq!(accounts.user("nobody"), None);
+        assert_eq!(accounts.resolve("user").as_ref(), Some(user));
+        let ids = |text: &str| accounts.resolve(text).map(|user| (user.uid, user.gid));
+        assert_eq!(ids("user:sudo"), Some((1000, 27)));
+        assert_eq!(ids("0:7"), Some((0, 7)));
+        assert_eq!(ids("4711"), Some((4711, 0)));
+        assert_eq!(ids("nobody"), None);
+        assert_eq!(ids("user:nobody"), None);
+        let empty = Accounts::default();
+        assert_eq!(empty.resolve("root").map(|user| user.uid), Some(0));
         assert_eq!(accounts.groups_of(user), [1001, 27, 1002]);
         assert_eq!(accounts.user_name(1000), "user");
         assert_eq!(accounts.user_name(5), "5");

@@ -121,12 +121,10 @@ impl State {
         let accounts = self.accounts()?;
         match (name, settings.default_user.as_deref()) {
             (Some(name), _) => accounts
-                .user(name)
-                .cloned()
+                .resolve(name)
                 .ok_or_else(|| Error::UnknownUser(name.to_owned())),
             (None, Some(name)) => accounts
-                .user(name)
-                .cloned()
+                .resolve(name)
                 .ok_or_else(|| Error::UnknownDefaultUser(name.to_owned())),
             (None, None) => Err(Error::NoUser),
         }
