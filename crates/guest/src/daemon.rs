@@ -4,12 +4,14 @@ use std::{convert::Infallible, io, net::Ipv4Addr, os::fd::OwnedFd, sync::Arc};
 
 use axum::{Router, serve::ListenerExt as _};
 use cubicle_protocol::ENVD_PORT;
+use futures::FutureExt as _;
 use tokio::net::TcpListener;
 
 use crate::{
     access::State,
     channel::{self, Doors, Introduce, Port},
     http::Api,
+    interpreter::Door,
     journal::{Journal, Level},
     process::Processes,
     proto::process::ProcessExt as _,
@@ -40,6 +42,8 @@ pub struct Services {
     pub host: Router,
     /// Becomes who the host says.
     pub introduce: Introduce,
+    /// Of the code interpreter.
+    pub interpreter: Door,
     journal: Arc<Journal>,
 }
 
@@ -51,12 +55,14 @@ impl Services {
         let journal = Arc::new(Journal::default());
         let processes = Processes::new(Arc::clone(&state), Arc::clone(&journal));
         let rpc = Arc::new(processes).register(connectrpc::Router::new());
+        let interpreter = Door::new(Arc::clone(&state));
         let api = Api::new(state, rpc);
         let host = Arc::clone(&journal).router().merge(api.host_router());
         Self {
             public: api.public_router(),
             host,
-            introduce: api.introduce(),
+            introduce: and_look_for_kernels(api.introduce(), interpreter.clone()),
+            interpreter,
             journal,
         }
     }
@@ -83,6 +89,11 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
     runtime.block_on(async {
         let services = Services::new();
         tokio::spawn(listen(services.public.clone(), services.journal));
+        let interpreter = services.interpreter;
+        tokio::spawn({
+            let interpreter = interpreter.clone();
+            async move { interpreter.open().await }
+        });
         match port {
             Some(port) => {
                 let port = Port::new(port).map_err(Error::Channel)?;
@@ -90,11 +101,25 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
                     introduce: services.introduce,
                     host: services.host,
                     public: services.public,
+                    knock: Arc::new(move |port| interpreter.knock(port)),
                 };
                 channel::serve(port, doors).await.map_err(Error::Channel)
             }
             None => std::future::pending().await,
         }
+    })
+}
+
+/// A new life may find kernels that were installed in the last one. Nobody waits for that.
+fn and_look_for_kernels(introduce: Introduce, interpreter: Door) -> Introduce {
+    Arc::new(move |request| {
+        let (introduced, interpreter) = (introduce(request), interpreter.clone());
+        async move {
+            let answer = introduced.await;
+            tokio::spawn(async move { interpreter.open().await });
+            answer
+        }
+        .boxed()
     })
 }
 

@@ -5,6 +5,8 @@
 //! - [`channel`] serves the host on the virtio-serial port, [`daemon`] puts everything together.
 //! - [`process`], [`filesystem`], [`files`] and [`system`] are the envd protocol of E2B's clients;
 //!   [`access`] says who may use it, [`http`] what is served where.
+//! - [`interpreter`] serves code interpreters' clients where the image has kernels, [`units`] those
+//!   who know it as services.
 //! - [`journal`] remembers what happened.
 //!
 //! Invariants:
@@ -22,8 +24,10 @@ pub mod files;
 pub mod filesystem;
 pub mod http;
 pub mod init;
+pub mod interpreter;
 pub mod journal;
 pub mod process;
 pub mod proto;
 pub mod share;
 pub mod system;
+pub mod units;

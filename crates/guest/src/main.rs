@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use cubicle_guest::{daemon, init};
+use cubicle_guest::{daemon, init, units};
 use tracing::level_filters::LevelFilter;
 
 const USAGE: &str = "\
@@ -10,6 +10,7 @@ cubicle-guest is the first process of a Cubicle sandbox; a kernel starts it as /
 
 usage:
   cubicle-guest serve      only the daemon, on its TCP port: no channel, nothing is mounted
+  cubicle-guest systemctl  what systemctl does for the services of the code interpreter
   cubicle-guest --version
 ";
 
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
             eprintln!("cubicle-guest: {error}");
             ExitCode::FAILURE
         }
+        Some("systemctl") => units::systemctl(std::env::args().skip(2)),
         Some("--version") => {
             println!("cubicle-guest {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -43,6 +43,9 @@ const MAX_ABANDONED: usize = 16_384;
 /// Takes what the host says first in a life, and answers it.
 pub type Introduce = Arc<dyn Fn(Vec<u8>) -> BoxFuture<'static, Vec<u8>> + Send + Sync>;
 
+/// Told of a port that somebody asked for and on which nobody listens. True: somebody does now.
+pub type Knock = Arc<dyn Fn(u16) -> BoxFuture<'static, bool> + Send + Sync>;
+
 /// What is served on the channel: requests say by their authority which of the two they are for.
 #[derive(Clone)]
 pub struct Doors {
@@ -52,6 +55,8 @@ pub struct Doors {
     pub host: Router,
     /// For requests that the host forwards.
     pub public: Router,
+    /// For tunnels to a port that is closed.
+    pub knock: Knock,
 }
 
 /// Serves one life after another until the port fails.
@@ -128,7 +133,7 @@ async fn answer(
     executor: Executor,
 ) -> Result<Response<Body>, Infallible> {
     if request.method() == Method::CONNECT {
-        return Ok(tunnel::open(request, &executor).await);
+        return Ok(tunnel::open(request, &executor, &doors.knock).await);
     }
     let own = request
         .uri()

@@ -33,7 +33,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Doors, Introduce, Port, serve};
+use super::{Doors, Introduce, Knock, Port, serve};
 
 type Sender = http2::SendRequest<Full<Bytes>>;
 
@@ -42,6 +42,11 @@ const SOON: Duration = Duration::from_secs(5);
 /// Answers an introduction with itself.
 fn echo() -> Introduce {
     Arc::new(|request| std::future::ready(request).boxed())
+}
+
+/// Opens no port.
+fn nobody() -> Knock {
+    Arc::new(|_| std::future::ready(false).boxed())
 }
 
 /// A guest on one end of a socket pair; the other end.
@@ -55,6 +60,7 @@ fn guest(router: Router) -> StdUnixStream {
                 introduce: echo(),
                 host: router.clone(),
                 public: router,
+                knock: nobody(),
             },
         )
         .await
@@ -333,6 +339,38 @@ async fn a_tunnel_keeps_half_close_in_both_directions() {
 }
 
 #[tokio::test]
+async fn a_port_may_be_opened_for_whoever_asks_for_it() {
+    let (host, guest) = StdUnixStream::pair().unwrap();
+    let knocks = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&knocks);
+    let doors = Doors {
+        introduce: echo(),
+        host: Router::new(),
+        public: Router::new(),
+        knock: Arc::new(move |port| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            async move {
+                let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+                tokio::spawn(async move { axum::serve(listener, hello_router()).await });
+                true
+            }
+            .boxed()
+        }),
+    };
+    let port = Port::new(OwnedFd::from(guest)).unwrap();
+    tokio::spawn(async move { serve(port, doors).await.map(|never| match never {}) });
+    let mut sender = begin(&host).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let authority = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    for _ in 0..2 {
+        let response = connect(&mut sender, &authority).await;
+        assert_eq!(response.status(), StatusCode::OK);
+    }
+    assert_eq!(knocks.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
 async fn a_closed_port_is_said_to_be_closed() {
     let host = guest(hello_router());
     let mut sender = begin(&host).await;
@@ -361,6 +399,7 @@ async fn only_the_host_itself_gets_what_is_the_hosts() {
         introduce: services.introduce,
         host: services.host,
         public: services.public,
+        knock: nobody(),
     };
     tokio::spawn(async move { serve(port, doors).await.map(|never| match never {}) });
     let mut sender = begin(&host).await;
@@ -418,6 +457,7 @@ fn the_host_being_away_costs_no_time() {
                 introduce: echo(),
                 host: hello_router(),
                 public: hello_router(),
+                knock: nobody(),
             },
         );
         assert!(timeout(Duration::from_secs(1), serving).await.is_err());

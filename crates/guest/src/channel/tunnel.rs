@@ -10,7 +10,7 @@ use tokio::{
     net::{TcpSocket, TcpStream},
 };
 
-use super::Executor;
+use super::{Executor, Knock};
 
 /// Where a server of the sandbox may listen, in the order in which it is tried: on localhost, on
 /// IPv6's only, or on the sandbox's own address only.
@@ -24,7 +24,11 @@ const ADDRESSES: [IpAddr; 3] = [
 const BUFFER: usize = 32 << 10;
 
 /// Answers a `CONNECT`: 200 when the port is open, and then joins the two; half-close is kept.
-pub(super) async fn open(request: Request<Incoming>, executor: &Executor) -> Response<Body> {
+pub(super) async fn open(
+    request: Request<Incoming>,
+    executor: &Executor,
+    knock: &Knock,
+) -> Response<Body> {
     let Some(port) = request
         .uri()
         .authority()
@@ -32,7 +36,11 @@ pub(super) async fn open(request: Request<Incoming>, executor: &Executor) -> Res
     else {
         return refuse(StatusCode::BAD_REQUEST, "no-port");
     };
-    let mut tcp = match connect(port).await {
+    let mut connected = connect(port).await;
+    if connected.is_err() && knock(port).await {
+        connected = connect(port).await;
+    }
+    let mut tcp = match connected {
         Ok(tcp) => tcp,
         Err(error) => {
             tracing::debug!(port, %error, "port closed");
