@@ -150,7 +150,8 @@ impl From<Control> for ApiError {
             | Control::TemplateNotFound { .. }
             | Control::SnapshotNotFound { .. }
             | Control::VolumeNotFound { .. }
-            | Control::BuildNotFound { .. } => StatusCode::NOT_FOUND,
+            | Control::BuildNotFound { .. }
+            | Control::NotInStore { .. } => StatusCode::NOT_FOUND,
             Control::Invalid { .. } | Control::TemplateNotReady { .. } => StatusCode::BAD_REQUEST,
             Control::HostMountRefused { .. } => StatusCode::FORBIDDEN,
             Control::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
@@ -188,11 +189,15 @@ impl From<Control> for ApiError {
                     .code("sandbox_capacity_unavailable")
                     .retry_after(2);
             }
+            Control::Catalogue { .. } => {
+                return Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+                    .retry_after(30);
+            }
             Control::ShuttingDown => {
                 return Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
                     .retry_after(5);
             }
-            Control::Fleet(FleetError::Failed { .. }) => {
+            Control::StepFailed { .. } | Control::Fleet(FleetError::Failed { .. }) => {
                 return Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
                     .code("internal_server_error");
             }

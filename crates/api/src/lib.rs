@@ -24,6 +24,7 @@ mod openapi;
 mod own;
 mod sandboxes;
 mod snapshots;
+mod store;
 mod system;
 mod templates;
 mod timing;

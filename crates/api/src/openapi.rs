@@ -10,7 +10,7 @@ use utoipa::{
 };
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::{AppState, measure, own, sandboxes, snapshots, system, templates, volumes};
+use crate::{AppState, measure, own, sandboxes, snapshots, store, system, templates, volumes};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -74,14 +74,16 @@ pub(crate) fn parts() -> (Parts, utoipa::openapi::OpenApi) {
             sandboxes::router()
                 .merge(snapshots::router())
                 .merge(templates::router())
+                .merge(store::router())
                 .merge(volumes::router()),
             "",
         ),
-        open: split(system::open_router(), ""),
+        open: split(system::open_router().merge(templates::open_router()), ""),
         cluster: split(system::cluster_router(), "/cubeapi/v1"),
         own: split(
             system::own_router()
                 .merge(templates::own_router())
+                .merge(store::own_router())
                 .merge(measure::own_router())
                 .merge(own::router()),
             "/cubicle/v1",

@@ -62,9 +62,18 @@ impl Server {
     }
 
     pub async fn with(config: ApiConfig) -> Self {
+        Self::make(config, |_| ()).await
+    }
+
+    /// The same with another control plane.
+    pub async fn configured(change: impl FnOnce(&mut ControlConfig)) -> Self {
+        Self::make(ApiConfig::default(), change).await
+    }
+
+    async fn make(config: ApiConfig, change: impl FnOnce(&mut ControlConfig)) -> Self {
         let dir = tempfile::tempdir().expect("tempdir");
         let fleet: Arc<MemoryFleet> = Arc::default();
-        let control_config = ControlConfig {
+        let mut control_config = ControlConfig {
             sandboxes: SandboxConfig {
                 sample_every: Duration::from_millis(50),
                 first_sample_after: Duration::from_millis(5),
@@ -72,6 +81,7 @@ impl Server {
             },
             ..ControlConfig::new(dir.path().join("cubicle.db"))
         };
+        change(&mut control_config);
         let (control, _) = Control::open(control_config, fleet.clone())
             .await
             .expect("control");

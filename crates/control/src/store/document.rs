@@ -180,7 +180,11 @@ fn check(spec: &BuildSpec) -> Result<(), String> {
         Action::Env(variables) => Some(variables),
         _ => None,
     });
-    let mut names = spec.env.iter().chain(of_steps.flatten()).map(|(name, _)| name);
+    let mut names = spec
+        .env
+        .iter()
+        .chain(of_steps.flatten())
+        .map(|(name, _)| name);
     match names.find(|name| name.is_empty() || name.contains(['=', '\0'])) {
         Some(name) => Err(format!("env: `{name}` cannot be the name of a variable")),
         None => Ok(()),
@@ -274,7 +278,12 @@ mod tests {
         assert_eq!(entry.spec.origin, Origin::image("nginx:1"));
         assert_eq!(entry.spec.ready_within, Duration::from_secs(60));
         assert!(!entry.spec.run_image_command, "it says what to start");
-        let actions: Vec<_> = entry.spec.steps.iter().map(|s| s.action.to_string()).collect();
+        let actions: Vec<_> = entry
+            .spec
+            .steps
+            .iter()
+            .map(|s| s.action.to_string())
+            .collect();
         assert_eq!(actions, ["ENV K", "RUN true", "RUN id", "WORKDIR /srv"]);
     }
 
@@ -290,9 +299,14 @@ mod tests {
             "template `a`: description: it has none"
         );
         let two = r#"{"name": "a", "from": {"recipe": "node"}}"#;
-        assert_eq!(wrong(&format!("{two},{two}")), "it has two templates called `a`");
+        assert_eq!(
+            wrong(&format!("{two},{two}")),
+            "it has two templates called `a`"
+        );
         let with = |field: &str| {
-            wrong(&format!(r#"{{"name": "a", "from": {{"recipe": "node"}}, {field}}}"#))
+            wrong(&format!(
+                r#"{{"name": "a", "from": {{"recipe": "node"}}, {field}}}"#
+            ))
         };
         assert!(with(r#""cpucount": 1"#).contains("unknown field `cpucount`"));
         assert!(with(r#""memoryMB": 1"#).contains("memoryMB: 1 is not between"));
