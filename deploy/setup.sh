@@ -174,6 +174,12 @@ main() {
     install_packages "${RUN_PROGRAMS[@]}"
     if [[ ${1:-} == --test ]]; then
         install_packages "${TEST_PROGRAMS[@]}"
+        # Tests start registries of their own. The service that the package brings, open to the
+        # whole network, is not wanted.
+        type -P docker-registry >/dev/null || {
+            install_packages docker-registry:docker-registry
+            as_root systemctl disable --now docker-registry 2>/dev/null || true
+        }
         python3 -c 'import ensurepip, venv' 2>/dev/null || {
             update_lists
             say "installing python3-venv"

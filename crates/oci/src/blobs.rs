@@ -189,11 +189,11 @@ impl Blobs {
             arrived(blob.size.cast_signed());
             return Ok(());
         };
-        let result = receive(writer, blob, source, arrived).await;
         let partial = self.partial(&blob.digest);
-        match result {
+        let _unless_empty = UnlessEmpty(&partial);
+        match receive(writer, blob, source, arrived).await {
             Ok(writer) => {
-                let path = self.path(&blob.digest);
+                let (partial, path) = (partial.clone(), self.path(&blob.digest));
                 blocking(move || writer.publish(&partial, &path)).await
             }
             Err(error) => {
@@ -202,8 +202,7 @@ impl Blobs {
                     error,
                     Error::Truncated { .. } | Error::Tampered { .. } | Error::DiskFull { .. }
                 );
-                let is_empty = fs_err::metadata(&partial).is_ok_and(|file| file.len() == 0);
-                if is_wrong || is_empty {
+                if is_wrong {
                     fs_err::remove_file(&partial).ok();
                 }
                 Err(error)
@@ -367,6 +366,17 @@ async fn drink(
         arrived(length as i64);
         if ended {
             return Ok((writer, failure));
+        }
+    }
+}
+
+/// Removes a file if nothing is in it, also if the work on it is dropped.
+struct UnlessEmpty<'a>(&'a Path);
+
+impl Drop for UnlessEmpty<'_> {
+    fn drop(&mut self) {
+        if fs_err::metadata(self.0).is_ok_and(|file| file.len() == 0) {
+            fs_err::remove_file(self.0).ok();
         }
     }
 }

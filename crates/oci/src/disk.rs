@@ -368,10 +368,15 @@ pub(crate) fn remove_unused(directory: &Path, unused: Duration) -> Result<(usize
         let mut removed = (0, 0);
         for entry in fs_err::read_dir(directory)? {
             let path = entry?.path();
-            let is_disk = path.extension().is_some_and(|kind| kind == "img");
+            let is_hidden = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b".");
+            if path.extension().is_none_or(|kind| kind != "img")
+                || path.file_name().is_some_and(is_hidden)
+            {
+                continue;
+            }
             let metadata = fs_err::metadata(&path)?;
             let age = metadata.modified()?.elapsed().unwrap_or_default();
-            if is_disk && age >= unused {
+            if age >= unused {
                 // The image first: without it the description means nothing.
                 fs_err::remove_file(&path)?;
                 fs_err::remove_file(path.with_extension("json")).ok();

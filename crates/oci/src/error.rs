@@ -156,10 +156,22 @@ pub enum Error {
     },
     /// The disk image could not be made.
     #[error(transparent)]
-    Image(#[from] cubicle_image::Error),
+    Image(cubicle_image::Error),
     /// Nobody waits for the result any more.
     #[error("the work on an image was stopped")]
     Stopped,
+}
+
+impl From<cubicle_image::Error> for Error {
+    fn from(error: cubicle_image::Error) -> Error {
+        match error {
+            cubicle_image::Error::Io { source, .. } if is_disk_full(&source) => Error::DiskFull {
+                action: "make a disk image",
+                source,
+            },
+            other => Error::Image(other),
+        }
+    }
 }
 
 /// The result of everything in this crate.

@@ -35,3 +35,4 @@ pub use disk::Disk;
 pub use error::{Error, Result};
 pub use images::{Found, Image, Images, Layer, PULL, Removed, Resolved, UNPACK};
 pub use map::{ImageMap, Target};
+pub use unpack::Limits;

@@ -200,7 +200,8 @@ fn spellings(name: &str) -> Vec<String> {
                 add(name);
             }
             Some(tag) => add(format!("{name}:{tag}")),
-            None => {}
+            // What it is to be is said by the digest.
+            None => add(name),
         }
     }
     found

@@ -11,6 +11,8 @@
 //! With `CUBICLE_FUZZ_KEEP=DIR` they are also written there; those in `tests/corpus` are what past
 //! runs have found, and where every run begins. A run is repeated with `CUBICLE_FUZZ_SEED=N`.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "this is all tests")]
+
 mod support;
 
 use std::{

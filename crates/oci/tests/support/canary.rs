@@ -1,5 +1,4 @@
 //! A tree beside the one that is unpacked into, in which nothing may ever change.
-#![allow(dead_code, reason = "each test program uses another part")]
 
 use std::{
     collections::BTreeMap,

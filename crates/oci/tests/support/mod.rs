@@ -1,8 +1,13 @@
 //! Archives made by hand, so that they can be wrong in every way.
 #![allow(dead_code, reason = "each test program uses another part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "this is all tests")]
 
 pub(crate) mod canary;
 pub(crate) mod hostile;
+pub(crate) mod image;
+pub(crate) mod proxy;
+pub(crate) mod registry;
+pub(crate) mod secured;
 
 use std::io::Write as _;
 
@@ -192,4 +197,29 @@ pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 pub(crate) fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::encode_all(bytes, 1).unwrap()
+}
+
+/// A file system in memory that is soon full; unmounted when dropped.
+pub(crate) struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    pub(crate) fn new(size: &str) -> SmallDisk {
+        let place = tempfile::tempdir().unwrap();
+        let options = std::ffi::CString::new(format!("size={size}")).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("oci-test", place.path(), "tmpfs", flags, Some(&*options))
+            .expect("this test runs as root");
+        SmallDisk(place)
+    }
+
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let how = rustix::mount::UnmountFlags::DETACH;
+        rustix::mount::unmount(self.0.path(), how).unwrap();
+    }
 }
