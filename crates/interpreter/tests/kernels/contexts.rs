@@ -135,7 +135,10 @@ async fn a_client_that_goes_away_interrupts_and_one_that_stays_hears_that_it_run
 async fn a_kernel_that_does_not_stop_is_replaced() {
     let bench = Bench::new();
     let id = bench.context("python").await;
-    let code = "import signal; print('on', flush=True)\nwhile True:\n  signal.signal(signal.SIGINT, signal.SIG_IGN)";
+    let code = "import signal\n\
+        signal.signal(signal.SIGINT, signal.SIG_IGN)\n\
+        print('on', flush=True)\n\
+        while True: pass";
     let mut response = bench
         .send("POST", "/execute", json!({"context_id": id, "code": code}))
         .await;
