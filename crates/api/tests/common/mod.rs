@@ -81,6 +81,8 @@ impl Server {
             },
             ..ControlConfig::new(dir.path().join("cubicle.db"))
         };
+        control_config.templates.settle = Duration::from_millis(1);
+        control_config.templates.probe_every = Duration::from_millis(1);
         change(&mut control_config);
         let (control, _) = Control::open(control_config, fleet.clone())
             .await
