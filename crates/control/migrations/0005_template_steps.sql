@@ -2,6 +2,7 @@
 
 ALTER TABLE template_builds ADD COLUMN spec        TEXT;                        -- JSON of BuildSpec; NULL: not said yet
 ALTER TABLE template_builds ADD COLUMN defaults    TEXT NOT NULL DEFAULT '{}';  -- JSON of Defaults, known once it is ready
+ALTER TABLE template_builds ADD COLUMN launches    TEXT NOT NULL DEFAULT '[]';  -- JSON; what runs in each of them
 ALTER TABLE template_builds ADD COLUMN tags        TEXT NOT NULL DEFAULT '[]';  -- JSON; what it is called once it is ready
 ALTER TABLE template_builds ADD COLUMN failed_step TEXT;                        -- base | number from 1 | finalize
 ALTER TABLE template_builds ADD COLUMN fingerprint TEXT;                        -- of all that it is made of

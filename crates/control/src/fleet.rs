@@ -3,6 +3,7 @@
 //! [`Fleet`] is the whole of it: one node today, a scheduler over many later. Facts live below this
 //! line, intent above it.
 
+mod build;
 #[cfg(any(test, feature = "testing"))]
 pub mod memory;
 mod snapshot;
@@ -15,10 +16,12 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::{broadcast, mpsc};
-use uuid::Uuid;
 
-use crate::volume::Mount;
+use crate::{template::Origin, volume::Mount};
 
+pub use self::build::{
+    BuildOrder, BuildStep, Command, CopyFiles, Ended, OriginFacts, Output, Program, Source,
+};
 pub use self::snapshot::{FreezeKind, FreezeOrder, SnapshotFact, SnapshotKind, SnapshotTaken};
 
 /// The machines that run VMs.
@@ -40,12 +43,36 @@ pub trait Fleet: Send + Sync + 'static {
     /// How long the image that an order is built from takes to boot, until its guest answers.
     /// Boots it once and keeps nothing.
     async fn measure_boot(&self, order: BuildOrder) -> Result<Duration, FleetError>;
-    /// Cold boots an image, waits until it is ready, and publishes a snapshot of it.
+    /// Looks at what a template is to begin with, and fetches what that takes. Never asked about
+    /// templates.
+    async fn origin(
+        &self,
+        origin: &Origin,
+        progress: mpsc::UnboundedSender<BuildStep>,
+    ) -> Result<OriginFacts, FleetError>;
+    /// Cold boots an image, waits until its guest answers, and publishes it as `order.snapshot`.
     async fn build(
         &self,
         order: BuildOrder,
         progress: mpsc::UnboundedSender<BuildStep>,
-    ) -> Result<Built, FleetError>;
+    ) -> Result<(), FleetError>;
+    /// Runs a program in a sandbox until it ends. When the caller goes away, it runs on.
+    async fn run(
+        &self,
+        id: &SandboxId,
+        program: Program,
+        output: mpsc::UnboundedSender<Output>,
+    ) -> Result<Ended, FleetError>;
+    /// Puts files into a sandbox.
+    async fn copy_files(&self, id: &SandboxId, files: CopyFiles) -> Result<(), FleetError>;
+    /// Whether something listens on a port of a sandbox's localhost; with a path, whether that is
+    /// answered with a status below 400.
+    async fn probe(
+        &self,
+        id: &SandboxId,
+        port: u16,
+        path: Option<&str>,
+    ) -> Result<bool, FleetError>;
     /// Deletes a snapshot. Sandboxes made from it run on. False: there was none.
     async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError>;
     /// Freezes a running sandbox and publishes it as `order.snapshot`; the sandbox runs on.
@@ -175,6 +202,8 @@ pub struct CreateOrder {
     pub envd_token: String,
     /// What it may reach.
     pub network: NetworkOptions,
+    /// Nobody will want another like it: nothing is to be made ready for that.
+    pub transient: bool,
     /// What it has mounted: this and nothing else, whatever the snapshot had.
     pub mounts: Vec<Mount>,
 }
@@ -246,41 +275,6 @@ pub struct HostUsage {
     pub private_bytes: u64,
     /// Memory that its VM has mapped, shared with others or not.
     pub resident_bytes: u64,
-}
-
-/// A template to build.
-#[derive(Debug, Clone)]
-pub struct BuildOrder {
-    /// The template.
-    pub template: TemplateId,
-    /// This build of it.
-    pub build: Uuid,
-    /// Name of the recipe that makes its root file system.
-    pub recipe: String,
-    /// CPUs of its sandboxes.
-    pub cpu_count: u32,
-    /// Memory of its sandboxes.
-    pub memory_mib: u32,
-    /// Size of their root disk.
-    pub disk_mib: u32,
-}
-
-/// A template that was built.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Built {
-    /// What its sandboxes are restored from.
-    pub snapshot: SnapshotId,
-}
-
-/// One line of a build's progress.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BuildStep {
-    /// How grave it is.
-    pub level: Level,
-    /// The step it belongs to, if any.
-    pub step: Option<String>,
-    /// What to tell a person.
-    pub message: String,
 }
 
 /// How grave a line of a log is. Ordered.

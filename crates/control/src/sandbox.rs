@@ -378,6 +378,7 @@ fn order(sandbox: &Sandbox, snapshot: SnapshotId) -> CreateOrder {
         dns: sandbox.defaults.dns.clone(),
         envd_token: sandbox.envd_token.clone(),
         network: sandbox.network.clone(),
+        transient: false,
         mounts: sandbox.mounts.clone(),
     }
 }

@@ -4,33 +4,40 @@
 //! none is said). A build that no tag stands for any more loses its snapshot; sandboxes that were
 //! made from it run on.
 
+mod alias;
 mod build;
+mod expand;
 mod files;
 mod log;
 mod model;
 mod name;
+mod plan;
+mod reconcile;
 mod request;
 mod size;
 mod spec;
 mod store;
 mod tags;
+mod turns;
+mod vm;
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex},
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use cubicle_ids::{SnapshotId, TemplateId};
+use cubicle_ids::{SandboxId, SnapshotId, TemplateId};
 use tokio::sync::watch;
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
-use self::{files::Files, store::Store};
+use self::{files::Files, store::Store, turns::Turns};
 pub use self::{
     files::TemplateConfig,
     log::LogPage,
     model::{Build, BuildLine, BuildStatus, Resolved, Template},
     name::{BadName, DEFAULT_TAG, Reference, is_tag},
+    plan::Launch,
     request::Started,
     size::Size,
     spec::{
@@ -56,6 +63,12 @@ pub struct Templates {
     running: Arc<Mutex<HashMap<Uuid, watch::Sender<u64>>>>,
     files: Arc<Files>,
     config: Arc<TemplateConfig>,
+    /// Who makes a layer, by its fingerprint.
+    turns: Turns,
+    /// The VMs that builds run in.
+    vms: Arc<Mutex<HashSet<SandboxId>>>,
+    /// Cancelled when the server stops.
+    stopping: CancellationToken,
     tasks: TaskTracker,
 }
 
@@ -68,15 +81,12 @@ impl Templates {
             store: Store::new(db),
             fleet,
             running: Arc::default(),
+            turns: Turns::default(),
+            vms: Arc::default(),
+            stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
-        let ended = this
-            .store
-            .fail_unfinished("the server stopped during the build")
-            .await?;
-        if ended > 0 {
-            tracing::warn!(ended, "builds of the last run did not finish");
-        }
+        this.reconcile().await?;
         Ok(this)
     }
 
@@ -153,25 +163,6 @@ impl Templates {
         })
     }
 
-    /// The same template for sandboxes of another size.
-    pub(crate) async fn shaped(
-        &self,
-        resolved: Resolved,
-        cpu_count: Option<u32>,
-        memory_mib: Option<u32>,
-    ) -> Result<Resolved> {
-        let (cpus, memory) = (
-            cpu_count.unwrap_or(resolved.cpu_count),
-            memory_mib.unwrap_or(resolved.memory_mib),
-        );
-        if (cpus, memory) == (resolved.cpu_count, resolved.memory_mib) {
-            return Ok(resolved);
-        }
-        Err(Error::Unsupported {
-            what: "a size that the template does not have".to_owned(),
-        })
-    }
-
     /// Deletes a template; with a tag, and other tags beside it, only that tag. Sandboxes that
     /// were made from it run on.
     pub async fn delete(&self, reference: &str) -> Result<()> {
@@ -225,10 +216,21 @@ impl Templates {
         });
     }
 
-    /// Waits for builds under way, which the fleet's shutdown ends.
+    /// Ends builds under way.
     pub(crate) async fn close(&self) {
+        self.stopping.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+        let left = std::mem::take(&mut *self.vms());
+        for vm in left {
+            // Unless the fleet was closed first, which ends it as well.
+            let _ = self.fleet.kill(&vm).await;
+        }
+    }
+
+    /// The VMs that builds run in.
+    fn vms(&self) -> MutexGuard<'_, HashSet<SandboxId>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Deletes every layer that nothing uses any more.

@@ -2,6 +2,8 @@
 
 mod bench;
 mod snapshot;
+mod store;
+mod template;
 mod volume;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -12,6 +14,8 @@ use clap_complete::Shell;
 pub(crate) use self::{
     bench::{Bench, BenchCreate, BenchMatrix},
     snapshot::Snapshot,
+    store::{Install, Store},
+    template::{Probe, Template, TemplateBuild},
     volume::{Volume, VolumeMount},
 };
 
@@ -144,6 +148,16 @@ pub(crate) struct Up {
     /// Largest size of the store, when Cubicle has to make a file system of its own for it
     #[arg(long, value_name = "GIB", default_value_t = 64)]
     pub(crate) store_gib: u64,
+    #[command(flatten)]
+    pub(crate) images: crate::server::ImageOptions,
+    /// Catalogue of the template store: a file or an address [default: the one that is shipped]
+    #[arg(
+        long,
+        env = "CUBICLE_STORE",
+        value_name = "URL|FILE",
+        hide_env_values = true
+    )]
+    pub(crate) store: Option<String>,
     /// The guest daemon [default: `cubicle-guest` beside this program]
     #[arg(long, env = "CUBICLE_GUEST", value_name = "FILE")]
     pub(crate) guest: Option<PathBuf>,
@@ -337,28 +351,6 @@ pub(crate) enum Sandbox {
     },
 }
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum Template {
-    /// List templates
-    #[command(visible_alias = "list")]
-    Ls,
-    /// Build a template, or build it again if its inputs changed
-    Build {
-        /// Which one
-        #[arg(default_value = "base")]
-        name: String,
-        /// Build it even if nothing changed
-        #[arg(long)]
-        force: bool,
-    },
-    /// Remove templates; sandboxes made from them live on
-    Rm {
-        /// Their ids or aliases
-        #[arg(required = true)]
-        ids: Vec<String>,
-    },
-}
-
 fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -417,6 +409,10 @@ mod tests {
             &["sandbox", "resume"],
             &["bench"],
             &["bench", "snapshot"],
+            &["template"],
+            &["template", "build"],
+            &["template", "logs"],
+            &["template", "tag"],
         ] {
             insta::assert_snapshot!(format!("help_{}", path.join("_")), help_of(path));
         }
@@ -440,6 +436,12 @@ mod tests {
             "cubicle snapshot verify --all snap-1",
             "cubicle bench snapshot --dirty 10,x",
             "cubicle bench pause -c 0",
+            "cubicle template build a . --image b",
+            "cubicle template build a --image b --from c",
+            "cubicle template build a -f Dockerfile --recipe b",
+            "cubicle template build a --image b --registry-user c",
+            "cubicle template build a --ready tcp:x",
+            "cubicle template tag a",
         ];
         let said: Vec<String> = lines
             .iter()
@@ -454,7 +456,9 @@ mod tests {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "cubicle", &mut script);
             let script = String::from_utf8(script).expect("text");
-            for word in ["snapshot", "verify", "rollback", "clone", "resume", "bench"] {
+            for word in [
+                "snapshot", "verify", "rollback", "clone", "resume", "bench", "template", "--image",
+            ] {
                 assert!(script.contains(word), "{shell}: {word}");
             }
         }

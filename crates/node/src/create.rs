@@ -124,17 +124,23 @@ pub(crate) fn identity(
     generation: u64,
 ) -> Identity {
     let manifest = snapshot.manifest();
+    let user = order.default_user.clone();
     let nonce = (!manifest.guest_nonce.is_empty()).then(|| manifest.guest_nonce.clone());
     Identity {
         init: InitRequest {
             env_vars: order.env_vars.clone(),
             access_token: order.access_token.clone(),
-            default_user: Some(node.config.guest.user.clone()),
+            default_user: Some(user.unwrap_or_else(|| node.config.guest.user.clone())),
+            default_workdir: order.default_workdir.clone(),
             sandbox_id: Some(order.id.clone()),
             template_id: order.template.clone(),
             hostname: Some(order.id.to_string()),
             machine_id: Some(machine_id(&order.id)),
-            dns_servers: node.config.guest.dns_servers.clone(),
+            dns_servers: if order.dns_servers.is_empty() {
+                node.config.guest.dns_servers.clone()
+            } else {
+                order.dns_servers.clone()
+            },
             generation: Some(generation),
             nonce: Some(random_hex()),
             mounts: Some(order.mounts.clone()),

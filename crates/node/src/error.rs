@@ -160,6 +160,36 @@ pub enum Error {
         /// What was wrong with the answer.
         reason: String,
     },
+    /// A program could not be run to its end in a sandbox.
+    #[error("cannot run {program} in the sandbox {id}: {reason}")]
+    Program {
+        /// Which sandbox.
+        id: SandboxId,
+        /// What was run.
+        program: String,
+        /// Why that did not work.
+        reason: String,
+    },
+    /// A sandbox lacks a program.
+    #[error("there is no {program}: {reason}")]
+    NoProgram {
+        /// What was to be run.
+        program: String,
+        /// What the guest said.
+        reason: String,
+    },
+    /// Files could not be copied into a sandbox.
+    #[error("cannot copy {src} to {dest} in the sandbox {id}: {reason}")]
+    Copy {
+        /// Which sandbox.
+        id: SandboxId,
+        /// What was copied.
+        src: String,
+        /// Where to.
+        dest: String,
+        /// Why that did not work.
+        reason: String,
+    },
     /// A program that prepares a template failed in the guest.
     #[error("{program} failed while the template was prepared: {reason}")]
     WarmUp {

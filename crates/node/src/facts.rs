@@ -1,6 +1,6 @@
 //! What a node is asked for and what it tells.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
 use cubicle_cow::{Manifest, SnapshotKind};
 use cubicle_ids::{SandboxId, SnapshotId, TemplateId};
@@ -22,6 +22,12 @@ pub struct CreateSandbox {
     pub template: Option<TemplateId>,
     /// Environment of every process that is started in it.
     pub env_vars: BTreeMap<String, String>,
+    /// User of programs that are started without one. `None`: the node's default.
+    pub default_user: Option<String>,
+    /// Working directory of programs that are started without one. `None`: the user's home.
+    pub default_workdir: Option<String>,
+    /// Name servers. Empty: the node's default.
+    pub dns_servers: Vec<Ipv4Addr>,
     /// What requests to the guest daemon must present; none means that they need nothing.
     pub access_token: Option<String>,
     /// What it may reach. `None`: what the slot pool allows by default.
@@ -55,6 +61,9 @@ impl CreateSandbox {
             snapshot,
             template: None,
             env_vars: BTreeMap::new(),
+            default_user: None,
+            default_workdir: None,
+            dns_servers: Vec::new(),
             access_token: None,
             egress: None,
             limits: None,

@@ -9,7 +9,7 @@ use std::{
 use cubicle_cow::Store;
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_net::SlotPool;
-use cubicle_protocol::guest_api::LogEntry;
+use cubicle_protocol::guest_api::{CopyQuery, LogEntry};
 use cubicle_vmm::{Hypervisor, VmUsage};
 use http::{Request, Response};
 use rustix::fs::{FlockOperation, flock};
@@ -31,6 +31,7 @@ use crate::{
     kill,
     link::{Body, GuestStream},
     metrics,
+    program::{self, Printed, ProgramEnd, RunProgram},
     registry::Registry,
     restore,
     sandbox::Operation,
@@ -240,6 +241,31 @@ impl Node {
             .link
             .connect(port)
             .await
+    }
+
+    /// Runs a program in a sandbox until it ends; `printed` is told what it prints. When the caller
+    /// goes away, the program runs on.
+    ///
+    /// # Errors
+    /// [`Error::NoProgram`] if it is not there, [`Error::Program`] if its end is not known or its
+    /// time was up; otherwise as [`request`](Self::request). A program that fails is none.
+    pub async fn run(
+        &self,
+        id: &SandboxId,
+        program: &RunProgram,
+        printed: impl FnMut(Printed),
+    ) -> Result<ProgramEnd> {
+        let live = self.inner.registry.get(id)?.live()?;
+        program::run(id, &live.link, program, printed).await
+    }
+
+    /// Puts the files of an archive (tar) into their places in a sandbox.
+    ///
+    /// # Errors
+    /// [`Error::Copy`]; otherwise as [`request`](Self::request). What was placed before stays.
+    pub async fn copy(&self, id: &SandboxId, query: &CopyQuery, archive: Body) -> Result<()> {
+        let live = self.inner.registry.get(id)?.live()?;
+        program::copy(id, &live.link, query, archive).await
     }
 
     /// Boots what a template is built from and throws it away: how long a sandbox would take if

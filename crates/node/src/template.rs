@@ -104,13 +104,15 @@ pub struct TemplateImage {
     pub rootfs_fingerprint: String,
 }
 
-/// A program that is run while a template is prepared. It must succeed.
+/// A program that is run while a template is prepared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WarmUp {
     /// Who runs it.
     pub user: String,
     /// The program and its arguments.
     pub command: Vec<String>,
+    /// Whether the template is built all the same if it is missing or fails.
+    pub optional: bool,
 }
 
 impl WarmUp {
@@ -120,7 +122,15 @@ impl WarmUp {
         Self {
             user: user.to_owned(),
             command: command.iter().map(|&word| word.to_owned()).collect(),
+            optional: false,
         }
+    }
+
+    /// The same, for an image that may lack the program or the user.
+    #[must_use]
+    pub fn if_possible(mut self) -> Self {
+        self.optional = true;
+        self
     }
 
     /// What agents run first: a login shell with the usual tools, and Python if the image has it.
@@ -332,7 +342,13 @@ impl Builder {
                     .message(TemplateBuild::WARM_UP, warm_up.command.join(" "));
                 node.failpoints.pass("build/warm-up").await?;
                 let patience = node.config.deadlines.warm_up;
-                guest.run(&warm_up.user, &warm_up.command, patience).await?;
+                let run = guest.run(&warm_up.user, &warm_up.command, patience).await;
+                match run {
+                    Err(Error::WarmUp { reason, .. }) if warm_up.optional => {
+                        self.progress.message(TemplateBuild::WARM_UP, reason);
+                    }
+                    run => run?,
+                }
             }
             tokio::time::sleep(build.settle).await;
             Ok(())

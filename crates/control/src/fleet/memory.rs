@@ -4,6 +4,7 @@
 //! twice, or a snapshot that is missing, is refused; what is not killed or deleted is still there
 //! at the end. Every operation passes through [`Step`]s, at each of which it can be slow or fail.
 
+mod builds;
 mod contract;
 
 use std::{
@@ -20,8 +21,8 @@ use time::OffsetDateTime;
 use tokio::sync::broadcast;
 
 use super::{
-    CreateOrder, Created, FleetError, FleetEvent, FreezeOrder, Phase, SnapshotFact, SnapshotKind,
-    SnapshotTaken,
+    CreateOrder, Created, FleetError, FleetEvent, FreezeKind, FreezeOrder, Phase, SnapshotFact,
+    SnapshotKind, SnapshotTaken,
 };
 
 /// Machines that exist in memory only.
@@ -57,11 +58,23 @@ pub enum Step {
     Switched,
     /// The deletion of a snapshot has begun.
     Delete,
+    /// A look at the origin of a template has begun.
+    Origin,
+    /// Booting an image has begun.
+    Boot,
+    /// What was booted is published.
+    Booted,
+    /// Running a program has begun.
+    Run,
+    /// Copying files has begun.
+    Copy,
+    /// A look at whether a port answers has begun.
+    Probe,
 }
 
 impl Step {
     /// Every step.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 16] = [
         Self::Create,
         Self::Kill,
         Self::Freeze,
@@ -72,6 +85,12 @@ impl Step {
         Self::Rollback,
         Self::Switched,
         Self::Delete,
+        Self::Origin,
+        Self::Boot,
+        Self::Booted,
+        Self::Run,
+        Self::Copy,
+        Self::Probe,
     ];
 }
 
@@ -87,6 +106,10 @@ struct MemoryState {
     fail_kills: u32,
     fail_builds: Option<String>,
     room_for: Option<usize>,
+    /// What was done to what snapshots were taken of.
+    contents: HashMap<SnapshotId, Vec<String>>,
+    boots: u64,
+    image: u64,
 }
 
 /// One VM.
@@ -97,6 +120,8 @@ struct Vm {
     base: Option<SnapshotId>,
     /// Something is being done with it.
     busy: bool,
+    /// What was done to it, and to what it was restored from.
+    done: Vec<String>,
 }
 
 /// Memory that a VM has dirtied by the time it is frozen, in bytes.
@@ -203,6 +228,7 @@ impl MemoryFleet {
             generation: 1,
             base: None,
             busy: false,
+            done: Vec::new(),
         };
         self.lock().sandboxes.insert(id.clone(), vm);
         id
@@ -313,9 +339,14 @@ impl MemoryFleet {
             if let Some(known) = parent.as_ref().and_then(|id| state.snapshots.get(id)) {
                 lineage.extend(known.lineage.iter().cloned());
             }
+            let done = vm.done.clone();
+            let kind = match order.kind {
+                FreezeKind::Template => SnapshotKind::Template,
+                kind => SnapshotKind::Frozen(kind),
+            };
             let fact = fact(
                 order.snapshot.clone(),
-                SnapshotKind::Frozen(order.kind),
+                kind,
                 parent.clone(),
                 lineage,
                 order.memory,
@@ -330,6 +361,7 @@ impl MemoryFleet {
                     why: "it exists already".into(),
                 });
             }
+            state.contents.insert(order.snapshot.clone(), done);
             parent
         };
         self.reach(Step::Published).await?;
@@ -383,6 +415,11 @@ impl MemoryFleet {
             generation,
             base: Some(order.snapshot.clone()),
             busy: !is_new,
+            done: state
+                .contents
+                .get(&order.snapshot)
+                .cloned()
+                .unwrap_or_default(),
         };
         state.sandboxes.insert(order.id.clone(), vm);
         let took = state.takes.get(&Step::Create).copied().unwrap_or_default();

@@ -35,6 +35,8 @@ pub enum FreezeKind {
     Pause,
     /// It lives as long as one operation of the server, such as a fork.
     Temporary,
+    /// It is a layer of templates, and [`SnapshotKind::Template`].
+    Template,
 }
 
 /// A sandbox was frozen.

@@ -4,7 +4,7 @@ use cubicle_ids::{SnapshotId, TemplateId};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{BuildSpec, Defaults};
+use super::{BuildSpec, Defaults, Launch};
 use crate::fleet::Level;
 
 /// A named snapshot, and how it was made.
@@ -63,6 +63,8 @@ pub struct Build {
     pub fingerprint: Option<String>,
     /// What it gives its sandboxes; known once it is ready.
     pub defaults: Defaults,
+    /// What runs in each of them; known once it is ready.
+    pub launches: Vec<Launch>,
     /// What its sandboxes are restored from; `None` until it succeeds and after it was superseded.
     pub snapshot: Option<SnapshotId>,
     /// CPUs of its sandboxes.

@@ -179,6 +179,7 @@ impl Templates {
             failed_step: None,
             fingerprint: None,
             defaults: super::Defaults::default(),
+            launches: Vec::new(),
             snapshot: None,
             cpu_count: size.cpu_count,
             memory_mib: size.memory_mib,

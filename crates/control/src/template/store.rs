@@ -1,6 +1,7 @@
 //! Templates, their aliases and tags in the database; their builds, the layers of those, and the
 //! logs of builds in the modules below.
 
+mod aliases;
 mod builds;
 mod layers;
 mod log;
@@ -323,6 +324,7 @@ fn build_from_row(row: &SqliteRow) -> Result<Build> {
         failed_step: row.get("failed_step"),
         fingerprint: row.get("fingerprint"),
         defaults: from_json(what(), &row.get::<String, _>("defaults"))?,
+        launches: from_json(what(), &row.get::<String, _>("launches"))?,
         snapshot: snapshot.map(|id| parse(what(), &id)).transpose()?,
         cpu_count: row.get("cpu_count"),
         memory_mib: row.get("memory_mib"),

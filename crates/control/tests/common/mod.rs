@@ -50,6 +50,8 @@ impl Plane {
             },
             ..ControlConfig::new(dir.path().join("cubicle.db"))
         };
+        config.templates.settle = Duration::ZERO;
+        config.templates.probe_every = Duration::from_millis(5);
         change(&mut config);
         let plane = Self::open(dir, Arc::default(), config).await;
         plane.build("base").await;

@@ -3,27 +3,31 @@
 //! `control` says what it needs of machines ([`Fleet`]) and `node` says what it does; here the two
 //! meet, so that neither has to know the other.
 
+mod templates;
+
 use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use cubicle_control::fleet::{
-    BuildOrder, BuildStep, Built, CreateOrder, Created, Fact, Fleet, FleetError, FleetEvent,
-    FreezeKind, FreezeOrder, HostUsage, Level, Machine, NetworkOptions, Phase, SnapshotFact,
-    SnapshotKind, SnapshotTaken, Usage,
+    BuildOrder, BuildStep, CopyFiles, CreateOrder, Created, Ended, Fact, Fleet, FleetError,
+    FleetEvent, FreezeKind, FreezeOrder, HostUsage, Machine, NetworkOptions, OriginFacts, Output,
+    Phase, Program, SnapshotFact, SnapshotKind, SnapshotTaken, Usage,
 };
+use cubicle_control::template::Origin;
 use cubicle_control::volume::{Directories, Mount, VolumeConfig};
 use cubicle_cow::memory::Tier;
 use cubicle_ids::{SandboxId, SnapshotId};
-use cubicle_image::{GuestBinary, KernelSource, Progress, Recipe};
+use cubicle_image::{GuestBinary, KernelSource, Progress};
 use cubicle_net::EgressPolicy;
 use cubicle_node::{
-    BootFiles, CreateSandbox, ImageSource, KillOutcome, Node, NodeEvent, SandboxState,
-    TakeSnapshot, Taken, TemplateBuild, WarmUp,
+    BootFiles, CreateSandbox, KillOutcome, Node, NodeEvent, SandboxState, TakeSnapshot, Taken,
 };
 use cubicle_protocol::guest_api::Mount as NodeMount;
+use cubicle_vmm::Limits;
 use time::OffsetDateTime;
 use tokio::sync::{broadcast, mpsc};
 
+use self::templates::Pulled;
 use crate::error::Chain;
 
 /// What templates are built with.
@@ -33,6 +37,8 @@ pub(crate) struct Images {
     pub(crate) dir: PathBuf,
     pub(crate) kernel: KernelSource,
     pub(crate) guest: GuestBinary,
+    /// Images that others have made.
+    pub(crate) oci: Arc<cubicle_oci::Images>,
     /// User that commands run as unless they say otherwise.
     pub(crate) user: String,
 }
@@ -43,6 +49,7 @@ pub(crate) struct NodeFleet {
     images: Images,
     machine: Facts,
     directories: Directories,
+    pulled: Pulled,
     events: broadcast::Sender<FleetEvent>,
 }
 
@@ -90,13 +97,23 @@ impl NodeFleet {
             images,
             machine,
             directories: Directories::new(volumes),
+            pulled: Pulled::default(),
             events,
         })
     }
 
     /// What the node is asked for when control orders a VM.
     async fn request(&self, order: CreateOrder) -> Result<CreateSandbox, FleetError> {
-        let kernel = match self.node.store().snapshot(&order.snapshot) {
+        let snapshot = self.node.store().snapshot(&order.snapshot);
+        let limits = match &snapshot {
+            // With bounds of its own it is neither taken from the spares nor the reason for one.
+            Ok(snapshot) if order.transient => {
+                let vm = &snapshot.manifest().vm;
+                Some(Limits::for_shape(vm.cpus, vm.memory_mib))
+            }
+            _ => None,
+        };
+        let kernel = match snapshot {
             Ok(snapshot) if !snapshot.manifest().has_memory() => Some(self.boot_files().await?),
             // What is wrong with a snapshot, the node says.
             _ => None,
@@ -110,9 +127,12 @@ impl NodeFleet {
             snapshot: order.snapshot,
             template: Some(order.template),
             env_vars: order.env_vars.into_iter().collect(),
+            default_user: order.user,
+            default_workdir: order.workdir,
+            dns_servers: order.dns,
             access_token: Some(order.envd_token),
             egress: egress(&order.network),
-            limits: None,
+            limits,
             last_generation: 0,
             kernel,
             mounts,
@@ -134,45 +154,11 @@ impl NodeFleet {
         })
     }
 
-    /// The kernel of this server's templates; made already, unless something of it was lost.
     async fn boot_files(&self) -> Result<BootFiles, FleetError> {
-        let Images {
-            dir, kernel, guest, ..
-        } = &self.images;
-        let kernel = cubicle_image::prepare_kernel(dir, kernel, guest, &Progress::silent()).await;
-        let kernel = kernel.map_err(|error| failed("prepare the kernel")(error.into()))?;
+        let kernel = self.kernel().await?;
         Ok(BootFiles {
             kernel: kernel.vmlinux,
             initramfs: kernel.initramfs,
-        })
-    }
-
-    /// The build that an order stands for.
-    fn template(&self, order: &BuildOrder) -> Result<TemplateBuild, FleetError> {
-        let recipe = match order.recipe.as_str() {
-            "base" => Recipe {
-                disk_mib: order.disk_mib,
-                ..Recipe::base()
-            },
-            other => {
-                return Err(FleetError::Unsupported {
-                    what: format!("the recipe `{other}`"),
-                });
-            }
-        };
-        Ok(TemplateBuild {
-            snapshot: SnapshotId::generate(),
-            template: Some(order.template.clone()),
-            source: ImageSource::Recipe {
-                recipe,
-                kernel: self.images.kernel.clone(),
-                guest: self.images.guest.clone(),
-                dir: self.images.dir.clone(),
-            },
-            cpus: order.cpu_count,
-            memory_mib: order.memory_mib,
-            warm_up: WarmUp::usual(&self.images.user),
-            settle: TemplateBuild::SETTLE,
         })
     }
 }
@@ -234,6 +220,7 @@ fn freeze(order: &FreezeOrder) -> TakeSnapshot {
             FreezeKind::User => cubicle_cow::SnapshotKind::User,
             FreezeKind::Pause => cubicle_cow::SnapshotKind::Pause,
             FreezeKind::Temporary => cubicle_cow::SnapshotKind::Temporary,
+            FreezeKind::Template => cubicle_cow::SnapshotKind::Template,
         },
         memory: order.memory,
         quiesce: order.quiesce,
@@ -412,35 +399,47 @@ impl Fleet for NodeFleet {
     }
 
     async fn measure_boot(&self, order: BuildOrder) -> Result<Duration, FleetError> {
-        let template = self.template(&order)?;
+        let template = self.template(&order, &Progress::silent()).await?;
         let booted = self.node.measure_boot(template).await;
         booted.map_err(failed(format!("boot template {}", order.template)))
+    }
+
+    async fn origin(
+        &self,
+        origin: &Origin,
+        steps: mpsc::UnboundedSender<BuildStep>,
+    ) -> Result<OriginFacts, FleetError> {
+        self.look_at(origin, &steps).await
     }
 
     async fn build(
         &self,
         order: BuildOrder,
         steps: mpsc::UnboundedSender<BuildStep>,
-    ) -> Result<Built, FleetError> {
-        let (progress, mut events) = Progress::channel();
-        let template = self.template(&order)?;
-        let build = self.node.build_template(template, progress);
-        let report = async {
-            while let Some(event) = events.recv().await {
-                let step = BuildStep {
-                    level: Level::Info,
-                    step: Some(event.step.name().to_owned()),
-                    message: event.message,
-                };
-                // Whoever asked may have gone; the build goes on.
-                let _ = steps.send(step);
-            }
-        };
-        let (built, ()) = tokio::join!(build, report);
-        let built = built.map_err(failed(format!("build template {}", order.template)))?;
-        Ok(Built {
-            snapshot: built.snapshot,
-        })
+    ) -> Result<(), FleetError> {
+        self.boot(order, &steps).await
+    }
+
+    async fn run(
+        &self,
+        id: &SandboxId,
+        program: Program,
+        output: mpsc::UnboundedSender<Output>,
+    ) -> Result<Ended, FleetError> {
+        self.run_in(id, program, &output).await
+    }
+
+    async fn copy_files(&self, id: &SandboxId, files: CopyFiles) -> Result<(), FleetError> {
+        self.copy_into(id, files).await
+    }
+
+    async fn probe(
+        &self,
+        id: &SandboxId,
+        port: u16,
+        path: Option<&str>,
+    ) -> Result<bool, FleetError> {
+        self.answers(id, port, path).await
     }
 
     async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError> {

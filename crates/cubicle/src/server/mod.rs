@@ -1,9 +1,11 @@
 //! The server: every part put together in one process, and taken apart again in order.
 
 mod fleet;
+mod images;
 mod listener;
 mod routes;
 mod selfcheck;
+mod store;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -32,6 +34,7 @@ use cubicle_vmm::{
 use futures::StreamExt as _;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
+pub(crate) use self::images::ImageOptions;
 pub(crate) use self::selfcheck::{SelfCheck, self_check};
 use self::{
     fleet::{Facts, Images, NodeFleet},
@@ -220,6 +223,7 @@ impl Server {
             dir: dirs.images.clone(),
             kernel: KernelSource::default(),
             guest,
+            oci: options.images.open(&dirs.images)?,
             user: USER.to_owned(),
         };
         let kernel = with_progress(report, |progress| {
@@ -537,6 +541,7 @@ async fn open_services(
             .into_owned(),
     };
     let mut config = ControlConfig::new(dirs.data.join("cubicle.db"));
+    config.store = store::config(options.store.as_deref())?;
     config
         .volumes
         .host_allow
@@ -546,6 +551,7 @@ async fn open_services(
         .await
         .map_err(|error| Error::setup("open the control plane", error))?;
     tracing::info!(?reconciled, "intent and fact agree");
+    store::check(&control, options.store.as_deref()).await?;
     Ok((node, control))
 }
 

@@ -43,7 +43,8 @@ pub(crate) fn caller(headers: &HeaderMap) -> Option<String> {
         return None;
     }
     let decoded = String::from_utf8(BASE64_STANDARD.decode(credentials.trim()).ok()?).ok()?;
-    Some(decoded.split_once(':')?.0.to_owned())
+    // Up to the last colon, so that there is room for a group; passwords there are none.
+    Some(decoded.rsplit_once(':')?.0.to_owned())
 }
 
 #[cfg(test)]

@@ -8,9 +8,13 @@ use time::OffsetDateTime;
 use tokio::sync::{broadcast, mpsc};
 
 use super::{MemoryFleet, Step, Vm};
-use crate::fleet::{
-    BuildOrder, BuildStep, Built, CreateOrder, Created, Fact, Fleet, FleetError, FleetEvent,
-    FreezeOrder, HostUsage, Level, Machine, SnapshotFact, SnapshotKind, SnapshotTaken, Usage,
+use crate::{
+    fleet::{
+        BuildOrder, BuildStep, CopyFiles, CreateOrder, Created, Ended, Fact, Fleet, FleetError,
+        FleetEvent, FreezeOrder, HostUsage, Machine, OriginFacts, Output, Program, SnapshotFact,
+        SnapshotTaken, Usage,
+    },
+    template::Origin,
 };
 
 #[async_trait]
@@ -145,31 +149,50 @@ impl Fleet for MemoryFleet {
         Ok(Duration::from_secs(1))
     }
 
+    async fn origin(
+        &self,
+        origin: &Origin,
+        progress: mpsc::UnboundedSender<BuildStep>,
+    ) -> Result<OriginFacts, FleetError> {
+        self.look_at(origin, &progress).await
+    }
+
     async fn build(
         &self,
         order: BuildOrder,
         progress: mpsc::UnboundedSender<BuildStep>,
-    ) -> Result<Built, FleetError> {
-        let step = |step: &str, message: String| BuildStep {
-            level: Level::Info,
-            step: Some(step.to_owned()),
-            message,
-        };
-        let _ = progress.send(step("rootfs", format!("recipe {}", order.recipe)));
-        tokio::task::yield_now().await;
-        if let Some(why) = self.lock().fail_builds.take() {
-            return Err(FleetError::Failed {
-                doing: format!("build {}", order.build),
-                why,
-            });
-        }
-        let _ = progress.send(step("snapshot", "published".to_owned()));
-        let snapshot = self.stray_snapshot(SnapshotKind::Template);
-        Ok(Built { snapshot })
+    ) -> Result<(), FleetError> {
+        self.boot(order, &progress).await
+    }
+
+    async fn run(
+        &self,
+        id: &SandboxId,
+        program: Program,
+        output: mpsc::UnboundedSender<Output>,
+    ) -> Result<Ended, FleetError> {
+        self.run_in(id, program, &output).await
+    }
+
+    async fn copy_files(&self, id: &SandboxId, files: CopyFiles) -> Result<(), FleetError> {
+        self.reach(Step::Copy).await?;
+        self.note(
+            id,
+            format!("copy {} {} {}", files.src, files.dest, files.user),
+        )
+    }
+
+    async fn probe(&self, id: &SandboxId, _: u16, _: Option<&str>) -> Result<bool, FleetError> {
+        self.reach(Step::Probe).await?;
+        let state = self.lock();
+        let no_sandbox = || FleetError::NoSandbox { id: id.clone() };
+        let vm = state.sandboxes.get(id).ok_or_else(no_sandbox)?;
+        Ok(vm.done.iter().any(|done| done.contains("serve")))
     }
 
     async fn delete_snapshot(&self, id: &SnapshotId) -> Result<bool, FleetError> {
         self.reach(Step::Delete).await?;
+        self.lock().contents.remove(id);
         Ok(self.lock().snapshots.remove(id).is_some())
     }
 

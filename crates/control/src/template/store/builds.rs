@@ -8,7 +8,7 @@ use super::{Store, assign_in, build_from_row, json, parse};
 use crate::{
     db::{now, to_micros},
     error::{Error, Result},
-    template::{Build, BuildSpec, BuildStatus, Defaults, request::RequestId},
+    template::{Build, BuildSpec, BuildStatus, Defaults, Launch, request::RequestId},
 };
 
 /// What came of a build that is to be written down.
@@ -149,11 +149,12 @@ impl Store {
         let mut tx = self.db.begin(doing).await?;
         let updated = sqlx::query(
             "UPDATE template_builds SET status = 'ready', made_id = ?, fingerprint = ?,
-                 defaults = ?, disk_mib = ?, updated_at = ?, finished_at = ? WHERE id = ?",
+                 defaults = ?, launches = ?, disk_mib = ?, updated_at = ?, finished_at = ? WHERE id = ?",
         )
         .bind(made.snapshot.as_str())
         .bind(&made.fingerprint)
         .bind(json(&made.defaults))
+        .bind(json(&made.launches))
         .bind(made.disk_mib)
         .bind(at)
         .bind(at)
@@ -193,6 +194,7 @@ pub(crate) struct Made {
     pub(crate) snapshot: SnapshotId,
     pub(crate) fingerprint: String,
     pub(crate) defaults: Defaults,
+    pub(crate) launches: Vec<Launch>,
     pub(crate) disk_mib: u32,
 }
 

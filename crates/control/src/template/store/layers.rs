@@ -42,6 +42,19 @@ impl Store {
         parse("template layer", &found).map(Some)
     }
 
+    /// The same, for who needs it for a moment.
+    pub(crate) async fn find_layer(&self, fingerprint: &str) -> Result<Option<SnapshotId>> {
+        let found: Option<String> = sqlx::query_scalar(
+            "SELECT snapshot_id FROM template_layers WHERE fingerprint = ? AND ready
+             ORDER BY created_at DESC, rowid DESC LIMIT 1",
+        )
+        .bind(fingerprint)
+        .fetch_optional(&self.db.read)
+        .await
+        .map_err(Error::database("look for a layer"))?;
+        found.map(|id| parse("template layer", &id)).transpose()
+    }
+
     /// Writes down that a build is about to make a layer. False if the build's row is gone.
     pub(crate) async fn begin_layer(
         &self,
