@@ -59,9 +59,9 @@ fn run(command: &mut Command) {
 
 /// A sandbox whose life and environment a test can change.
 #[derive(Default)]
-pub struct Sandbox {
-    pub environment: Mutex<BTreeMap<String, String>>,
-    pub life: Mutex<String>,
+pub(crate) struct Sandbox {
+    pub(crate) environment: Mutex<BTreeMap<String, String>>,
+    pub(crate) life: Mutex<String>,
 }
 
 impl Surroundings for Sandbox {
@@ -75,15 +75,15 @@ impl Surroundings for Sandbox {
 }
 
 /// An interpreter with all kernels of the environment.
-pub struct Bench {
-    pub interpreter: Arc<Interpreter>,
-    pub sandbox: Arc<Sandbox>,
-    pub directory: TempDir,
+pub(crate) struct Bench {
+    pub(crate) interpreter: Arc<Interpreter>,
+    pub(crate) sandbox: Arc<Sandbox>,
+    pub(crate) directory: TempDir,
     router: Router,
 }
 
 impl Bench {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let search = Search {
             path: [
@@ -108,7 +108,7 @@ impl Bench {
         }
     }
 
-    pub async fn send(&self, method: &str, path: &str, body: Value) -> Response<Body> {
+    pub(crate) async fn send(&self, method: &str, path: &str, body: Value) -> Response<Body> {
         let body = match body {
             Value::Null => Body::empty(),
             body => Body::from(body.to_string()),
@@ -118,7 +118,7 @@ impl Bench {
         self.router.clone().oneshot(request).await.unwrap()
     }
 
-    pub async fn json(&self, method: &str, path: &str, body: Value) -> Value {
+    pub(crate) async fn json(&self, method: &str, path: &str, body: Value) -> Value {
         let response = self.send(method, path, body).await;
         let status = response.status();
         let text = text(response).await;
@@ -126,20 +126,20 @@ impl Bench {
         serde_json::from_str(&text).unwrap()
     }
 
-    pub async fn refused(&self, method: &str, path: &str, body: Value) -> (u16, String) {
+    pub(crate) async fn refused(&self, method: &str, path: &str, body: Value) -> (u16, String) {
         let response = self.send(method, path, body).await;
         (response.status().as_u16(), text(response).await)
     }
 
     /// A context's id.
-    pub async fn context(&self, language: &str) -> String {
+    pub(crate) async fn context(&self, language: &str) -> String {
         let body = json!({"language": language, "cwd": self.directory.path()});
         let context = self.json("POST", "/contexts", body).await;
         assert_eq!(context["language"], language);
         context["id"].as_str().unwrap().to_owned()
     }
 
-    pub async fn execute(&self, body: Value) -> Lines {
+    pub(crate) async fn execute(&self, body: Value) -> Lines {
         let response = self.send("POST", "/execute", body).await;
         let status = response.status();
         let text = text(response).await;
@@ -152,28 +152,28 @@ impl Bench {
         Lines(lines)
     }
 
-    pub async fn run(&self, context: &str, code: &str) -> Lines {
+    pub(crate) async fn run(&self, context: &str, code: &str) -> Lines {
         self.execute(json!({"context_id": context, "code": code}))
             .await
     }
 }
 
-pub async fn text(response: Response<Body>) -> String {
+pub(crate) async fn text(response: Response<Body>) -> String {
     let bytes = response.into_body().collect().await.unwrap().to_bytes();
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 /// What an execution said.
 #[derive(Debug)]
-pub struct Lines(pub Vec<Value>);
+pub(crate) struct Lines(pub(crate) Vec<Value>);
 
 impl Lines {
-    pub fn of(&self, kind: &str) -> Vec<&Value> {
+    pub(crate) fn of(&self, kind: &str) -> Vec<&Value> {
         self.0.iter().filter(|line| line["type"] == kind).collect()
     }
 
     /// All text of a stream.
-    pub fn printed(&self, stream: &str) -> String {
+    pub(crate) fn printed(&self, stream: &str) -> String {
         self.of(stream)
             .iter()
             .map(|line| line["text"].as_str().unwrap())
@@ -181,7 +181,7 @@ impl Lines {
     }
 
     /// The text of the main result.
-    pub fn value(&self) -> &str {
+    pub(crate) fn value(&self) -> &str {
         let results = self.of("result");
         let main = results.iter().find(|line| line["is_main_result"] == true);
         main.unwrap_or_else(|| panic!("no result in {self:?}"))["text"]
@@ -189,7 +189,7 @@ impl Lines {
             .unwrap()
     }
 
-    pub fn error(&self) -> &Value {
+    pub(crate) fn error(&self) -> &Value {
         let errors = self.of("error");
         assert_eq!(errors.len(), 1, "{self:?}");
         errors[0]
