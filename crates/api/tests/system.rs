@@ -89,10 +89,8 @@ async fn templates_are_listed_found_changed_and_deleted() {
         .expect(200)
         .json();
     let rest = rest["logEntries"].as_array().expect("list");
-    assert_eq!(
-        rest.last().expect("a line")["message"],
-        "the template is ready"
-    );
+    let last = rest.last().expect("a line")["message"].as_str();
+    assert!(last.is_some_and(|said| said.starts_with("the template is ready")));
     let end = server
         .get(&format!("{status}?logsOffset={}", 2 + rest.len()))
         .await

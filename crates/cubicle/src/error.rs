@@ -38,6 +38,8 @@ pub(crate) enum Error {
     Terminal(#[source] std::io::Error),
     #[error("{0}")]
     Usage(String),
+    #[error("interrupted: {what}")]
+    Interrupted { what: String, hint: Option<String> },
     #[error("cannot {action}")]
     Setup {
         action: String,
@@ -61,7 +63,7 @@ impl Error {
             Self::File { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
                 Some("run it as root, or as the user who started the server".to_owned())
             }
-            Self::Setup { hint, .. } => hint.clone(),
+            Self::Setup { hint, .. } | Self::Interrupted { hint, .. } => hint.clone(),
             _ => None,
         }
     }

@@ -6,6 +6,7 @@
 mod cli;
 mod client;
 mod commands;
+mod dockerfile;
 mod error;
 mod output;
 mod server;
@@ -22,6 +23,8 @@ use crate::{
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.global.json;
+    // Fails only if there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -5,6 +5,7 @@
 
 pub(crate) mod envd;
 pub(crate) mod snapshots;
+pub(crate) mod templates;
 
 use std::path::{Path, PathBuf};
 

@@ -8,6 +8,7 @@ pub(crate) mod exec;
 mod lives;
 pub(crate) mod sandbox;
 pub(crate) mod snapshot;
+mod store;
 pub(crate) mod template;
 pub(crate) mod up;
 pub(crate) mod volume;

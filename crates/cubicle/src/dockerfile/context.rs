@@ -98,8 +98,9 @@ impl Context {
             }
             sources.extend(found);
         }
-        let into_directory =
-            copy.dest.ends_with('/') || matches!(copy.dest.as_str(), "." | "..") || copy.dest.ends_with("/.");
+        let into_directory = copy.dest.ends_with('/')
+            || matches!(copy.dest.as_str(), "." | "..")
+            || copy.dest.ends_with("/.");
         let single = match sources.as_slice() {
             [one] if !into_directory && !self.root.join(one).is_dir() => Some(one.clone()),
             _ => None,
@@ -321,11 +322,16 @@ impl Exactly {
 
 impl Read for Exactly {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let wanted = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let wanted = buffer
+            .len()
+            .min(usize::try_from(self.left).unwrap_or(usize::MAX));
         let read = self.file.read(&mut buffer[..wanted])?;
         if read == 0 && wanted > 0 {
             let name = self.name.file_name().unwrap_or(OsStr::new("?"));
-            let message = format!("{} became shorter while it was read", name.to_string_lossy());
+            let message = format!(
+                "{} became shorter while it was read",
+                name.to_string_lossy()
+            );
             return Err(io::Error::other(message));
         }
         self.left -= read as u64;
@@ -404,11 +410,17 @@ mod tests {
         let files = |sources: &[&str], dest| context.files(1, &copy(sources, dest)).expect("files");
 
         let one = files(&["a.txt"], "/x/y");
-        assert_eq!((one.source.as_str(), names(&one)), ("a.txt", vec!["a.txt".into()]));
+        assert_eq!(
+            (one.source.as_str(), names(&one)),
+            ("a.txt", vec!["a.txt".into()])
+        );
         assert_eq!((one.count, one.bytes), (1, 1));
 
         let into = files(&["./a.txt"], "/x/");
-        assert_eq!((into.source.as_str(), names(&into)), ("files", vec!["files/a.txt".into()]));
+        assert_eq!(
+            (into.source.as_str(), names(&into)),
+            ("files", vec!["files/a.txt".into()])
+        );
 
         let expected = [
             "files",
@@ -419,11 +431,18 @@ mod tests {
         assert_eq!(names(&files(&["src"], "/app")), expected, "its contents");
 
         let several = files(&["*.txt", "to-a"], "/x/");
-        assert_eq!(names(&several), ["files/a.txt", "files/b.txt", "files/to-a"]);
+        assert_eq!(
+            names(&several),
+            ["files/a.txt", "files/b.txt", "files/to-a"]
+        );
 
         let all = names(&files(&["."], "."));
         assert!(all.contains(&"files/src/main.py".to_owned()), "{all:?}");
-        assert!(!all.iter().any(|name| name.contains("log") || name.contains("gone")), "{all:?}");
+        assert!(
+            !all.iter()
+                .any(|name| name.contains("log") || name.contains("gone")),
+            "{all:?}"
+        );
     }
 
     #[test]
@@ -441,7 +460,10 @@ mod tests {
                 Err(problem) => problem.to_string(),
                 Ok(files) => panic!("{sources:?}: {files:?}"),
             };
-            assert!(problem.starts_with("line 7: ") && problem.contains(why), "{problem}");
+            assert!(
+                problem.starts_with("line 7: ") && problem.contains(why),
+                "{problem}"
+            );
         }
     }
 

@@ -98,7 +98,14 @@ mod tests {
             "secret1/x",
             "{a}",
         ];
-        let stays = ["sub/x.log", "docs/keep.md", "a/node_modules", "secret", "a", "README"];
+        let stays = [
+            "sub/x.log",
+            "docs/keep.md",
+            "a/node_modules",
+            "secret",
+            "a",
+            "README",
+        ];
         for path in out {
             assert!(ignored.matches(Path::new(path)), "{path} is left out");
         }

@@ -605,7 +605,12 @@ CMD ["-m", "http.server"]
 
     #[test]
     fn words_survive_the_shell() {
-        for (word, line) in [("a-b", "a-b"), ("", "''"), ("it's", r"'it'\''s'"), ("$A", "'$A'")] {
+        for (word, line) in [
+            ("a-b", "a-b"),
+            ("", "''"),
+            ("it's", r"'it'\''s'"),
+            ("$A", "'$A'"),
+        ] {
             assert_eq!(quoted(word), line);
         }
     }

@@ -217,10 +217,9 @@ impl Expansion<'_> {
 
     fn name(&mut self) -> String {
         let mut name = String::new();
-        while let Some(c) = self
-            .chars
-            .next_if(|c| c.is_ascii_alphabetic() || *c == '_' || (c.is_ascii_digit() && !name.is_empty()))
-        {
+        while let Some(c) = self.chars.next_if(|c| {
+            c.is_ascii_alphabetic() || *c == '_' || (c.is_ascii_digit() && !name.is_empty())
+        }) {
             name.push(c);
         }
         name
@@ -270,7 +269,11 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        let error = |word: &str| expand(word, '\\', Unknown::Refuse, &lookup).expect_err(word).to_string();
+        let error = |word: &str| {
+            expand(word, '\\', Unknown::Refuse, &lookup)
+                .expect_err(word)
+                .to_string()
+        };
         assert_eq!(error("'x"), "a ' is not closed");
         assert_eq!(error("\"x"), "a \" is not closed");
         assert_eq!(error("${A"), "a { is not closed");
@@ -289,7 +292,10 @@ mod tests {
     #[test]
     fn lines_are_split_at_blanks_that_are_not_quoted() {
         let words = |line| split(line, '\\').expect(line);
-        assert_eq!(words("  a  'b c' d\\ e \"f \\\" g\" "), ["a", "'b c'", "d\\ e", "\"f \\\" g\""]);
+        assert_eq!(
+            words("  a  'b c' d\\ e \"f \\\" g\" "),
+            ["a", "'b c'", "d\\ e", "\"f \\\" g\""]
+        );
         assert!(split("'a", '\\').is_err());
     }
 
