@@ -234,7 +234,11 @@ impl<'a> Lines<'a> {
     }
 
     fn line(&mut self, level: Level, bytes: &[u8]) {
-        for bytes in bytes.chunks(MAX_LINE) {
+        // An empty line is one, too.
+        for bytes in bytes
+            .chunks(MAX_LINE)
+            .chain(bytes.is_empty().then_some(bytes))
+        {
             // What a terminal would have overwritten is of no interest.
             let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
             let bytes = bytes.rsplit(|b| *b == b'\r').next().unwrap_or(bytes);

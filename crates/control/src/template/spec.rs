@@ -156,15 +156,6 @@ impl BuildSpec {
             _ => Ok(()),
         }
     }
-
-    /// The first step, from 0, that must not come from the cache, if there is one.
-    #[must_use]
-    pub fn forced_from(&self) -> Option<usize> {
-        if self.force {
-            return Some(0);
-        }
-        self.steps.iter().position(|step| step.force)
-    }
 }
 
 /// What a template begins with.
