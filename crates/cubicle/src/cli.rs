@@ -457,7 +457,7 @@ mod tests {
             clap_complete::generate(shell, &mut Cli::command(), "cubicle", &mut script);
             let script = String::from_utf8(script).expect("text");
             for word in [
-                "snapshot", "verify", "rollback", "clone", "resume", "bench", "template", "--image",
+                "snapshot", "verify", "rollback", "clone", "resume", "bench", "template", "logs",
             ] {
                 assert!(script.contains(word), "{shell}: {word}");
             }
