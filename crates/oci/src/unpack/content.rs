@@ -8,7 +8,7 @@ use std::{
 use rustix::{
     fs::{
         AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags, chownat,
-        fchmod, fchown, fsetxattr, ftruncate, futimens, lsetxattr, openat, utimensat,
+        fchmod, fchown, fsetxattr, ftruncate, futimens, lremovexattr, lsetxattr, openat, utimensat,
     },
     io::{Errno, pwrite},
 };
@@ -17,7 +17,7 @@ use super::{
     Fault,
     archive::{Archive, Kind, Member},
     sparse::{MAX_LENGTH, Run},
-    tree::{Place, descriptor_path},
+    tree::{INHERITED, Place, descriptor_path},
 };
 
 const BUFFER: usize = 1 << 18;
@@ -112,7 +112,27 @@ fn write_piece(file: &OwnedFd, piece: &[u8], offset: u64) -> Result<u64, Fault> 
     Ok(end)
 }
 
-/// Gives an open file or directory what its member says. Directories get their time later.
+/// Whether what is made in a directory will have more than its own entry says.
+pub(super) fn passes_on_acls(member: &Member) -> bool {
+    let is_default = |(name, _): &(Vec<u8>, Vec<u8>)| name == INHERITED[1].as_bytes();
+    member.kind == Kind::Directory && member.xattrs.iter().any(is_default)
+}
+
+/// Takes away what something new has from its directory.
+pub(super) fn drop_inherited(place: &Place) {
+    let path = [
+        descriptor_path(place.parent.fd()).as_bytes(),
+        b"/",
+        &*place.name,
+    ]
+    .concat();
+    for name in INHERITED {
+        // Mostly there is none.
+        lremovexattr(&*path, name).ok();
+    }
+}
+
+/// Gives an open file or directory what its member says. What is made in a directory later changes its time again.
 pub(super) fn describe(fd: BorrowedFd<'_>, member: &Member) -> Result<(), Fault> {
     fchown(
         fd,
@@ -127,10 +147,7 @@ pub(super) fn describe(fd: BorrowedFd<'_>, member: &Member) -> Result<(), Fault>
     }
     fchmod(fd, Mode::from_raw_mode(member.mode))
         .map_err(|error| Fault::system("set its mode", error))?;
-    if member.kind != Kind::Directory {
-        futimens(fd, &times(member.mtime)).map_err(|error| Fault::system("set its time", error))?;
-    }
-    Ok(())
+    set_time(fd, member.mtime)
 }
 
 /// As [`describe`], for what is not opened: links and devices.

@@ -35,7 +35,7 @@ pub(super) struct Layer<'a, R> {
     /// what the new one holds is this layer's anyway.
     made: HashSet<(u64, u64)>,
     hasher: RandomState,
-    /// Times are set when nothing is written into the directories any more.
+    /// Times of directories, to be set again when nothing is written into them any more.
     times: Vec<(Vec<u8>, (i64, u32))>,
 }
 
@@ -129,6 +129,7 @@ impl<'a, R: Read> Layer<'a, R> {
         match member.kind {
             Kind::File => {
                 let file = content::write_file(place, member, &mut self.archive)?;
+                self.drop_inherited(place);
                 return content::describe(file.as_fd(), member);
             }
             Kind::Symlink => symlinkat(&*member.link, parent, name)
@@ -138,6 +139,7 @@ impl<'a, R: Read> Layer<'a, R> {
             Kind::Fifo => special(FileType::Fifo, 0)?,
             Kind::Directory | Kind::HardLink => {}
         }
+        self.drop_inherited(place);
         content::describe_unopened(place, member)?;
         if member.kind != Kind::Symlink {
             // The process's mask has taken bits away, the change of owner others. Nothing that is
@@ -161,8 +163,10 @@ impl<'a, R: Read> Layer<'a, R> {
                 self.clear(place)?;
                 mkdirat(place.parent.fd(), &*place.name, Mode::from_raw_mode(0o700))
                     .map_err(|error| Fault::system("make it", error))?;
+                self.drop_inherited(place);
             }
         }
+        self.tree.has_default_acls |= content::passes_on_acls(member);
         let directory = tree::enter(&place.parent, &place.name)?;
         content::describe(directory.fd(), member)
     }
@@ -197,6 +201,12 @@ impl<'a, R: Read> Layer<'a, R> {
             // It was in the directory that has just made room.
             Err(Errno::NOENT) => Err(missing),
             Err(error) => Err(Fault::system("link it", error)),
+        }
+    }
+
+    fn drop_inherited(&self, place: &Place) {
+        if self.tree.has_default_acls {
+            content::drop_inherited(place);
         }
     }
 

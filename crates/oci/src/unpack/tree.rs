@@ -18,8 +18,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, mkdirat, openat, openat2,
-        readlinkat, statat, unlinkat,
+        AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, fchmod, fchown,
+        fremovexattr, fstat, mkdirat, openat, openat2, readlinkat, statat, unlinkat,
     },
     io::Errno,
 };
@@ -33,6 +33,9 @@ const DIRECTORY: OFlags = OFlags::RDONLY
 const MAX_DEPTH: usize = 256;
 /// The longest path from the root, in bytes, with room for what the tree itself lies in.
 const MAX_PATH: usize = 3584;
+
+/// What a directory with a default access control list gives to what is made in it.
+pub(super) const INHERITED: [&str; 2] = ["system.posix_acl_access", "system.posix_acl_default"];
 
 /// An open directory in the tree.
 #[derive(Debug)]
@@ -75,6 +78,8 @@ pub(super) struct Tree {
     root_path: PathBuf,
     /// The directory that was used last, which is mostly the one that is wanted next.
     last: Option<(Vec<u8>, Rc<Directory>)>,
+    /// Whether some directory has an access control list for what is made in it.
+    pub(super) has_default_acls: bool,
 }
 
 impl Tree {
@@ -87,6 +92,7 @@ impl Tree {
             root_path: real_path(root.fd())?,
             root,
             last: None,
+            has_default_acls: false,
         })
     }
 
@@ -180,8 +186,19 @@ impl Tree {
                         }
                         Err(error) => return Err(Fault::system("make its directory", error)),
                     }
-                    self.existing(&path)?
-                        .ok_or(Fault::Parent("vanished while it was made"))?
+                    let made = self
+                        .existing(&path)?
+                        .ok_or(Fault::Parent("vanished while it was made"))?;
+                    // A set-group-id directory passes both on to what is made in it.
+                    fchown(made.fd(), Some(Uid::ROOT), Some(Gid::ROOT))
+                        .and_then(|()| fchmod(made.fd(), Mode::from_raw_mode(0o755)))
+                        .map_err(|error| Fault::system("make its directory", error))?;
+                    if self.has_default_acls {
+                        for name in INHERITED {
+                            fremovexattr(made.fd(), name).ok();
+                        }
+                    }
+                    made
                 }
             };
         }

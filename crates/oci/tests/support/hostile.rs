@@ -52,7 +52,7 @@ const INTERESTING: [u64; 16] = [
     0xffff_ffff_ffff_fe00,
     u64::MAX,
 ];
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 18] = [
     "path",
     "linkpath",
     "size",
@@ -63,6 +63,7 @@ const KEYS: [&str; 17] = [
     "SCHILY.xattr.security.capability",
     "SCHILY.xattr.trusted.x",
     "SCHILY.xattr.system.posix_acl_access",
+    "SCHILY.xattr.system.posix_acl_default",
     "GNU.sparse.major",
     "GNU.sparse.name",
     "GNU.sparse.realsize",

@@ -5,6 +5,7 @@
 pub(crate) mod canary;
 pub(crate) mod hostile;
 pub(crate) mod image;
+pub(crate) mod model;
 pub(crate) mod proxy;
 pub(crate) mod registry;
 pub(crate) mod secured;
@@ -12,7 +13,7 @@ pub(crate) mod secured;
 use std::io::Write as _;
 
 /// A member of an archive, as its header will say.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Entry {
     pub(crate) name: Vec<u8>,
     pub(crate) link: Vec<u8>,
@@ -27,6 +28,20 @@ pub(crate) struct Entry {
     pub(crate) size: Option<u64>,
     /// Records of an extended header in front of it.
     pub(crate) pax: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (kind, name) = (char::from(self.kind), self.name.escape_ascii());
+        write!(f, "{kind} {name} {:o} {}:{}", self.mode, self.uid, self.gid)?;
+        write!(f, " link {} time {}", self.link.escape_ascii(), self.mtime)?;
+        let data = &self.data[..self.data.len().min(20)];
+        write!(f, " data {} ", data.escape_ascii())?;
+        for (key, value) in &self.pax {
+            write!(f, " {}={}", key.escape_ascii(), value.escape_ascii())?;
+        }
+        Ok(())
+    }
 }
 
 impl Entry {
