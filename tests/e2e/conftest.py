@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from images import Image, Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(os.environ.get("CUBICLE_BIN", ROOT / "target/release/cubicle"))
@@ -84,11 +85,14 @@ class Server:
                 self.process.wait()
                 raise RuntimeError("`cubicle up` did not stop within 60 s of Ctrl-C")
 
+    def command(self, *args: str) -> list[str]:
+        return [str(BIN), "--data-dir", str(self.data_dir), *args]
+
     def cli(self, *args: str, check: bool = True, **options) -> subprocess.CompletedProcess:
+        options.setdefault("timeout", 120)
         return subprocess.run(
-            [str(BIN), "--data-dir", str(self.data_dir), *args],
-            capture_output=True, text=True, check=check, timeout=120, **options,
-        )  # fmt: skip
+            self.command(*args), capture_output=True, text=True, check=check, **options
+        )
 
     @property
     def env(self) -> dict[str, str]:
@@ -134,10 +138,35 @@ def require_machine() -> None:
 
 
 @pytest.fixture(scope="session")
-def server():
+def image() -> Image:
+    """A container image that needs no registry."""
+    return Image.make(CACHE)
+
+
+@pytest.fixture(scope="session")
+def image_map(image, tmp_path_factory) -> Path:
+    """What names of images mean here: there is no registry of the world."""
+    directory = tmp_path_factory.mktemp("images")
+    image.save(directory / "busybox.tar", "busybox:tests")
+    path = directory / "map.json"
+    names = {"busybox:tests": "docker-archive:busybox.tar", "python:*": "recipe:base"}
+    path.write_text(json.dumps(names))
+    return path
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory):
+    registry = Registry(tmp_path_factory.mktemp("registry"))
+    yield registry
+    registry.stop()
+
+
+@pytest.fixture(scope="session")
+def server(image_map):
     require_machine()
     SHARED.mkdir(exist_ok=True)
-    server = Server(DATA_DIR, free_port(), ["--host-mount-allow", str(SHARED)]).start()
+    options = ["--host-mount-allow", str(SHARED), "--image-map", str(image_map)]
+    server = Server(DATA_DIR, free_port(), options).start()
     # An earlier run may have been interrupted.
     server.clear()
     yield server
