@@ -42,7 +42,7 @@ use crate::{
     },
 };
 use remove::remove_tree;
-use watch::{Registry, WatchOptions};
+use watch::{Registry, Slot, Tree, WatchOptions};
 
 /// The service.
 #[derive(Debug)]
@@ -99,6 +99,21 @@ impl Filesystem {
             call(&actor)
         });
         Ok(result.await?)
+    }
+
+    /// Begins a watch, if there are not too many.
+    async fn watch(
+        &self,
+        context: &RequestContext,
+        path: &str,
+        options: WatchOptions,
+    ) -> Result<(Tree, Slot), ConnectError> {
+        let slot = self.watchers.slot().map_err(Error::from)?;
+        let (path, state) = (path.to_owned(), Arc::clone(&self.state));
+        let tree = self.act(context, move |actor| {
+            watch::open(actor.resolve(&path)?, options, state)
+        });
+        Ok((tree.await?, slot))
     }
 }
 
@@ -191,19 +206,12 @@ impl crate::proto::filesystem::Filesystem for Filesystem {
         context: RequestContext,
         request: ServiceRequest<'_, WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<WatchDirResponse>> {
-        let path = request.path.to_owned();
         let options = WatchOptions {
             recursive: request.recursive,
             include_entry: request.include_entry,
             allow_network_mounts: request.allow_network_mounts,
         };
-        let slot = self.watchers.slot().map_err(Error::from)?;
-        let state = Arc::clone(&self.state);
-        let tree = self
-            .act(&context, move |actor| {
-                watch::open(actor.resolve(&path)?, options, state)
-            })
-            .await?;
+        let (tree, slot) = self.watch(&context, request.path, options).await?;
         let events = watch::stream(tree, slot, context.headers(), context.deadline());
         Ok(Response::stream(events.map_err(Error::from)?))
     }
@@ -213,19 +221,12 @@ impl crate::proto::filesystem::Filesystem for Filesystem {
         context: RequestContext,
         request: ServiceRequest<'_, CreateWatcherRequest>,
     ) -> ServiceResult<CreateWatcherResponse> {
-        let path = request.path.to_owned();
         let options = WatchOptions {
             recursive: request.recursive,
             include_entry: request.include_entry,
             allow_network_mounts: request.allow_network_mounts,
         };
-        let slot = self.watchers.slot().map_err(Error::from)?;
-        let state = Arc::clone(&self.state);
-        let tree = self
-            .act(&context, move |actor| {
-                watch::open(actor.resolve(&path)?, options, state)
-            })
-            .await?;
+        let (tree, slot) = self.watch(&context, request.path, options).await?;
         let watcher_id = self.watchers.insert(tree, slot).map_err(Error::from)?;
         Response::ok(CreateWatcherResponse {
             watcher_id,

@@ -21,9 +21,9 @@ use rustix::fs::statfs;
 use super::Error;
 use crate::access::State;
 
-pub(super) use registry::Registry;
+pub(super) use registry::{Registry, Slot};
 pub(super) use stream::stream;
-use tree::Tree;
+pub(super) use tree::Tree;
 
 /// How many watches there may be at a time, streams included. The kernel allows 128 inotify
 /// instances per user by default, and some are left to programs.
