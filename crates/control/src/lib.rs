@@ -179,7 +179,7 @@ impl Control {
     /// Stops watching, waits for operations under way, and closes the database. Sandboxes run on.
     pub async fn close(&self) {
         self.sandboxes.close().await;
-        self.templates.close().await;
+        self.templates.end_builds().await;
         self.db.close().await;
     }
 }

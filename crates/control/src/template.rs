@@ -216,8 +216,9 @@ impl Templates {
         });
     }
 
-    /// Ends builds under way.
-    pub(crate) async fn close(&self) {
+    /// Ends builds under way, and begins no more. To be called before the fleet closes, so that it
+    /// is what they failed of.
+    pub async fn end_builds(&self) {
         self.stopping.cancel();
         self.tasks.close();
         self.tasks.wait().await;

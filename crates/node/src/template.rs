@@ -345,7 +345,8 @@ impl Builder {
                 let run = guest.run(&warm_up.user, &warm_up.command, patience).await;
                 match run {
                     Err(Error::WarmUp { reason, .. }) if warm_up.optional => {
-                        self.progress.message(TemplateBuild::WARM_UP, reason);
+                        let skipped = format!("left out: {reason}");
+                        self.progress.message(TemplateBuild::WARM_UP, skipped);
                     }
                     run => run?,
                 }

@@ -12,6 +12,7 @@ use super::{
     Defaults, Probe, Templates,
     log::{Lines, Log},
     plan::{Launch, Stage, Work},
+    shorten,
 };
 use crate::{
     error::{Error, Result},
@@ -99,6 +100,16 @@ impl<'a> BuildVm<'a> {
 
     /// Does what a stage consists of.
     pub(super) async fn carry_out(&self, stage: &Stage, log: &Log) -> Result<()> {
+        let done = self.do_work(stage, log).await;
+        done.map_err(|error| match error {
+            Error::StepFailed { why } => Error::StepFailed {
+                why: format!("{}: {why}", shorten(&stage.title)),
+            },
+            error => error,
+        })
+    }
+
+    async fn do_work(&self, stage: &Stage, log: &Log) -> Result<()> {
         for (path, user) in &stage.directories {
             self.make_directory(path, user, log).await?;
         }

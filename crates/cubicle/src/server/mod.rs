@@ -1,5 +1,6 @@
 //! The server: every part put together in one process, and taken apart again in order.
 
+mod base;
 mod fleet;
 mod images;
 mod listener;
@@ -15,10 +16,7 @@ use std::{
 
 use axum::serve::ListenerExt as _;
 use cubicle_api::{ApiConfig, AppState, AuthMode};
-use cubicle_control::{
-    Control, ControlConfig,
-    template::{BuildSpec, BuildTemplate, Size},
-};
+use cubicle_control::{Control, ControlConfig};
 use cubicle_cow::{
     Store,
     backing::{self, StoreKind},
@@ -31,7 +29,6 @@ use cubicle_vmm::{
     probe::{self, ProbeConfig, Verdict},
     qemu::{Qemu, QemuConfig},
 };
-use futures::StreamExt as _;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 pub(crate) use self::images::ImageOptions;
@@ -335,66 +332,12 @@ impl Server {
         Ok(server)
     }
 
-    /// Builds the base template unless the one that is there was made of the same things.
-    async fn ensure_base(
-        &self,
-        kernel: &cubicle_image::Kernel,
-        report: Report<'_>,
-    ) -> Result<(), Error> {
-        let current = match self.control.templates.resolve(BASE).await {
-            Ok(resolved) => self.store.snapshot(&resolved.snapshot).ok(),
-            Err(_) => None,
-        };
-        let fresh = current.as_ref().is_some_and(|snapshot| {
-            snapshot.manifest().kernel == kernel.fingerprint.as_str()
-                && self.node.can_restore(snapshot.id())
-        });
-        if fresh {
-            report(Starting::Done {
-                step: "template".to_owned(),
-                message: format!("`{BASE}` is ready"),
-            });
-            return Ok(());
-        }
-        let failed = |error| Error::setup(format!("build the template `{BASE}`"), error);
-        let request = BuildTemplate {
-            name: BASE.to_owned(),
-            tags: Vec::new(),
-            size: Size::default(),
-            spec: BuildSpec {
-                force: true,
-                ..BuildSpec::recipe(BASE)
-            },
-            request_id: None,
-        };
-        let started = self
-            .control
-            .templates
-            .build(request)
-            .await
-            .map_err(failed)?;
-        let mut lines = std::pin::pin!(self.control.templates.follow(started.build.id));
-        while let Some(line) = lines.next().await {
-            let line = line.map_err(failed)?;
-            report(Starting::Progress {
-                step: line.step.unwrap_or_else(|| "template".to_owned()),
-                message: line.message,
-                fraction: None,
-            });
-        }
-        self.control.templates.resolve(BASE).await.map_err(failed)?;
-        report(Starting::Done {
-            step: "template".to_owned(),
-            message: format!("`{BASE}` was built"),
-        });
-        Ok(())
-    }
-
     /// Stops serving and takes everything apart: sandboxes, networks, mounts. With `--keep` the
     /// sandboxes run on.
     pub(crate) async fn stop(self) -> Result<(), Error> {
         let failed = |error| Error::setup("stop the sandboxes", error);
         self.closing.send_replace(true);
+        self.control.templates.end_builds().await;
         let stopped = if self.keep {
             self.node.detach().await.map_err(failed)
         } else {

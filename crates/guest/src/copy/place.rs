@@ -125,7 +125,13 @@ impl Placer {
 
     fn write(&mut self, entry: &mut Entry<'_, impl io::Read>, to: &Path) -> io::Result<()> {
         let kind = entry.header().entry_type();
-        let mode = self.mode.map_or_else(|| entry.header().mode(), Ok)? & 0o7777;
+        let links = matches!(kind, EntryType::Link | EntryType::Symlink);
+        let mode = match self.mode {
+            Some(mode) => mode & 0o7777,
+            // Links have none, and not every archive makes one up for them.
+            None if links => 0,
+            None => entry.header().mode()? & 0o7777,
+        };
         if kind == EntryType::Directory {
             let existed = to.is_dir();
             self.make_directories(to)?;

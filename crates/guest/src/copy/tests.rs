@@ -76,6 +76,8 @@ fn archive(files: &[(&str, &str)]) -> Vec<u8> {
             header.set_entry_type(EntryType::Directory);
             builder.append_data(&mut header, name, io::empty()).unwrap();
         } else if let Some(to) = content.strip_prefix("-> ") {
+            header = tar::Header::new_gnu();
+            header.set_size(0);
             header.set_entry_type(EntryType::Symlink);
             builder.append_link(&mut header, name, to).unwrap();
         } else if let Some(to) = content.strip_prefix("=> ") {

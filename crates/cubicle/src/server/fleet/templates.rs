@@ -179,8 +179,14 @@ impl NodeFleet {
         progress: &Progress,
     ) -> Result<TemplateBuild, FleetError> {
         let images = &self.images;
-        let user = images.user.as_str();
-        let usual = || WarmUp::usual(user);
+        // Who else there is in an image that others have made, nobody knows.
+        let usual = || match &order.source {
+            Source::Recipe(_) => WarmUp::usual(&images.user),
+            _ => WarmUp::usual("root")
+                .into_iter()
+                .map(WarmUp::if_possible)
+                .collect(),
+        };
         let (source, warm_up) = match &order.source {
             Source::Recipe(name) => {
                 let source = ImageSource::Recipe {
@@ -219,15 +225,13 @@ impl NodeFleet {
                 (self.image(&snapshot.disk(0), rootfs).await?, usual())
             }
         };
-        let is_ours = matches!(order.source, Source::Recipe(_));
-        let if_possible = |step: WarmUp| if is_ours { step } else { step.if_possible() };
         Ok(TemplateBuild {
             snapshot: order.snapshot.clone(),
             template: Some(order.template.clone()),
             source,
             cpus: order.cpu_count,
             memory_mib: order.memory_mib,
-            warm_up: warm_up.into_iter().map(if_possible).collect(),
+            warm_up,
             settle: TemplateBuild::SETTLE,
         })
     }
