@@ -26,10 +26,12 @@ def no_template_is_left(server):
         with server.http() as http:
             return {each["templateID"]: each["aliases"] for each in http.get("/templates").json()}
 
+    # A class of tests may run another server, and then has to clean up itself.
+    if server.process.poll() is not None:
+        yield
+        return
     before = names()
     yield
-    if server.process.poll() is not None:
-        return
     for template in names().keys() - before.keys():
         with server.http() as http:
             http.delete(f"/templates/{template}").raise_for_status()
@@ -80,7 +82,7 @@ def test_e2b_python(server, name, context, version):
         "where": "/srv/out\nuser",
         "built": "hello from user in /srv/out",
         "app": "print('main')\ndeeper",
-        "note": "640 root",
+        "note": "640 user",
         "docs": "one.md\ntwo.md",
         "ignored": "deep\nmain.py",
         "server": "hello from user in /srv/out",

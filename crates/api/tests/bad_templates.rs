@@ -1,4 +1,5 @@
 //! Templates that are asked for in ways that make no sense: each gets its 4xx, and nothing begins.
+#![allow(clippy::expect_used, reason = "helpers of tests may panic")]
 
 mod common;
 

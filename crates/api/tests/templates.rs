@@ -1,4 +1,5 @@
 //! Templates, built in E2B's words, in Cube's and in our own, without machines.
+#![allow(clippy::expect_used, reason = "helpers of tests may panic")]
 
 mod common;
 
