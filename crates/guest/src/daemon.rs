@@ -61,7 +61,7 @@ impl Services {
         Self {
             public: api.public_router(),
             host,
-            introduce: and_look_for_kernels(api.introduce(), interpreter.clone()),
+            introduce: and_look_after_kernels(api.introduce(), interpreter.clone()),
             interpreter,
             journal,
         }
@@ -110,13 +110,14 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
     })
 }
 
-/// A new life may find kernels that were installed in the last one. Nobody waits for that.
-fn and_look_for_kernels(introduce: Introduce, interpreter: Door) -> Introduce {
+/// A new life may find kernels that were installed in the last one, and those that run must know of
+/// it. Nobody waits for that.
+fn and_look_after_kernels(introduce: Introduce, interpreter: Door) -> Introduce {
     Arc::new(move |request| {
         let (introduced, interpreter) = (introduce(request), interpreter.clone());
         async move {
             let answer = introduced.await;
-            tokio::spawn(async move { interpreter.open().await });
+            tokio::spawn(async move { interpreter.begin_life().await });
             answer
         }
         .boxed()

@@ -64,6 +64,15 @@ impl Door {
         true
     }
 
+    /// Looks after the interpreter at the beginning of a life.
+    pub(crate) async fn begin_life(&self) {
+        self.open().await;
+        let interpreter = self.open.lock().await.clone();
+        if let Some(interpreter) = interpreter {
+            interpreter.refresh().await;
+        }
+    }
+
     /// What to do when somebody asks for a port on which nobody listens. True: somebody does now.
     pub(crate) fn knock(&self, port: u16) -> BoxFuture<'static, bool> {
         let door = self.clone();

@@ -11,12 +11,12 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::{
     Error, Language, Surroundings,
-    kernel::{Event, Kernel, Launch, MAX_MESSAGE, Pending, Ports},
+    kernel::{Event, Kernel, Launch, MAX_MESSAGE, Pending, Ports, Whose},
     kernelspec::{Kernelspec, Search},
     language::{Change, Reseed},
     output::{Output, Rich, Text, content},
@@ -30,8 +30,8 @@ const OWN_CODE: Duration = Duration::from_secs(60);
 const INTERRUPT: Duration = Duration::from_secs(1);
 /// Interrupts after which a kernel that goes on is restarted.
 const INTERRUPTS: u32 = 15;
-/// A kernel that is done says so twice, on two connections; how long the second may take.
-const REPLY: Duration = Duration::from_secs(1);
+/// A kernel that is done says so twice, on two connections; how long after one the other may come.
+const STRAGGLER: Duration = Duration::from_secs(2);
 
 /// What contexts share.
 pub(crate) struct Shared {
@@ -158,6 +158,34 @@ impl Context {
         }
     }
 
+    /// Brings an idle kernel up to date with the sandbox's new life ahead of the first execution,
+    /// which then need not wait for that.
+    pub(crate) async fn refresh(&self) {
+        let Ok(mut turn) = self.turn.try_lock() else {
+            // Whoever uses the kernel has done the same.
+            return;
+        };
+        let kernel = turn
+            .kernel
+            .clone()
+            .filter(|kernel| kernel.ended().is_none());
+        let Some(kernel) = kernel else { return };
+        let touched = turn.touched;
+        let Some(mut code) = self.prepare(&mut turn, &BTreeMap::new()) else {
+            return;
+        };
+        let mut whose = Whose::Own;
+        if let (false, Some(rehearsal)) = (touched, self.language.rehearsal()) {
+            code.push('\n');
+            code.push_str(rehearsal);
+            whose = Whose::Rehearsal;
+        }
+        // Not waited for: the next execution is sent after it.
+        if let Err(error) = kernel.execute(&code, whose).await {
+            tracing::debug!(%error, "a kernel is not up to date");
+        }
+    }
+
     /// Starts the kernel anew. What runs in it ends.
     pub(crate) async fn restart(&self) -> Result<(), Error> {
         let old = self.running();
@@ -231,7 +259,11 @@ impl Context {
         }
         *turn = Turn {
             kernel: Some(Arc::clone(&kernel)),
-            environment,
+            environment: match self.language {
+                // It sees no variables but those that it is told of.
+                Language::Java => BTreeMap::new(),
+                _ => environment,
+            },
             life: self.shared.surroundings.life(),
             touched: false,
             notice: turn.notice.take(),
@@ -244,7 +276,7 @@ impl Context {
 
     /// Runs lines of the daemon's own and waits for them.
     async fn own(&self, kernel: &Kernel, code: &str) -> Result<(), Error> {
-        let pending = kernel.execute(code, true).await?;
+        let pending = kernel.execute(code, Whose::Own).await?;
         if timeout(OWN_CODE, pending.done()).await.is_err() {
             tracing::warn!(language = self.language.name(), "the kernel is slow");
         }
@@ -262,17 +294,19 @@ impl Context {
     ) -> Result<Outcome, Error> {
         // Both are sent at once: a kernel does one after the other.
         let prepared = match self.prepare(turn, variables) {
-            Some(code) => Some(kernel.execute(&code, true).await?),
+            Some(code) => Some(kernel.execute(&code, Whose::Own).await?),
             None => None,
         };
         turn.touched = true;
-        let mut pending = kernel.execute(code, false).await?;
+        let mut pending = kernel.execute(code, Whose::Users).await?;
         drop(prepared);
         let mut progress = Progress::default();
-        loop {
+        while !progress.is_done() {
             let event = tokio::select! {
                 event = pending.next() => event,
                 () = sink.gone() => return Ok(Outcome::Abandoned(pending)),
+                // Of the two messages that say so, one has come, and the other got lost.
+                () = sleep(STRAGGLER), if progress.is_nearly_done() => break,
             };
             match event {
                 Event::Message(message) => progress.take(&message, sink),
@@ -281,21 +315,36 @@ impl Context {
                 )),
                 Event::Ended(how) => return Ok(Outcome::Ended(how)),
             }
-            if progress.idle {
-                break;
-            }
         }
-        // The reply says how it ended to those who have not heard it otherwise.
-        let until = Instant::now() + REPLY;
-        while !progress.replied {
-            match timeout_at(until, pending.next()).await {
-                Ok(Event::Message(message)) => progress.take(&message, sink),
-                Ok(Event::Ended(how)) => return Ok(Outcome::Ended(how)),
-                Ok(Event::Oversized(_)) => {}
-                Err(_) => break,
-            }
+        if kernel.straggles && !progress.has_spoken() {
+            self.wait_for_stragglers(kernel, &mut pending, &mut progress, sink)
+                .await?;
         }
         Ok(Outcome::Done)
+    }
+
+    /// Takes what a kernel says late: nothing comes later than what it is asked after that.
+    async fn wait_for_stragglers(
+        &self,
+        kernel: &Kernel,
+        pending: &mut Pending,
+        progress: &mut Progress,
+        sink: &mut Sink,
+    ) -> Result<(), Error> {
+        let nothing = kernel.execute("void 0", Whose::Own).await?;
+        let mut heard = std::pin::pin!(timeout(STRAGGLER, nothing.heard()));
+        while !progress.has_spoken() {
+            tokio::select! {
+                biased;
+                event = pending.next() => match event {
+                    Event::Message(message) => progress.take(&message, sink),
+                    Event::Ended(_) => break,
+                    Event::Oversized(_) => {}
+                },
+                _ = &mut heard => break,
+            }
+        }
+        Ok(())
     }
 
     /// The lines that bring the kernel up to date before code of a user runs.
@@ -450,12 +499,26 @@ fn failure(name: &str, value: String) -> Output {
 /// How far an execution is.
 #[derive(Default)]
 struct Progress {
+    valued: bool,
     failed: bool,
     idle: bool,
     replied: bool,
 }
 
 impl Progress {
+    fn is_done(&self) -> bool {
+        self.idle && self.replied
+    }
+
+    /// Whether what the code came to is known: its value, or why it has none.
+    fn has_spoken(&self) -> bool {
+        self.valued || self.failed
+    }
+
+    fn is_nearly_done(&self) -> bool {
+        self.idle || self.replied
+    }
+
     /// Passes on what a message says.
     fn take(&mut self, message: &Message, sink: &mut Sink) {
         if let Err(error) = self.try_take(message, sink) {
@@ -479,6 +542,7 @@ impl Progress {
             }
             kind @ ("display_data" | "execute_result") => {
                 let content::Display { data } = message.content()?;
+                self.valued |= kind == "execute_result";
                 let rich = Rich::new(data, kind == "execute_result");
                 sink.send(&Output::Result(Box::new(rich)));
             }
@@ -487,10 +551,7 @@ impl Progress {
                 sink.send(&Output::NumberOfExecutions { execution_count });
             }
             "error" => self.fail(message.content()?, sink),
-            "status" => {
-                let content::Status { execution_state } = message.content()?;
-                self.idle |= execution_state == "idle";
-            }
+            "status" => self.idle |= message.is_idle(),
             "execute_reply" => {
                 self.replied = true;
                 let reply: content::Failure = message.content()?;

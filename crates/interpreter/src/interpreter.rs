@@ -166,6 +166,23 @@ impl Interpreter {
         };
     }
 
+    /// To be called when the sandbox has begun a new life: brings the kernel that most clients ask
+    /// first up to date, while they are still on their way.
+    pub async fn refresh(&self) {
+        let default = {
+            let defaults = self.defaults.lock().unwrap_or_else(PoisonError::into_inner);
+            defaults.get(&DEFAULTS[0]).cloned()
+        };
+        let Some(default) = default else { return };
+        let context = default
+            .try_lock()
+            .ok()
+            .and_then(|default| (*default).clone());
+        if let Some(context) = context {
+            context.refresh().await;
+        }
+    }
+
     /// Ends every context, and starts the default ones anew.
     ///
     /// # Errors

@@ -55,6 +55,18 @@ pub(crate) struct Launch<'a> {
     pub(crate) ports: &'a Ports,
 }
 
+/// Whose code is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// A user's: it is counted, and its value shown.
+    Users,
+    /// The daemon's: nobody sees anything of it.
+    Own,
+    /// The daemon's, run as much like a user's as can be without a trace, so that the next of a user's
+    /// finds everything in place.
+    Rehearsal,
+}
+
 /// Something that happened to a request.
 #[derive(Debug)]
 pub(crate) enum Event {
@@ -83,6 +95,8 @@ pub(crate) struct Pending {
 pub(crate) struct Kernel {
     process: Arc<Process>,
     interrupt: Interrupt,
+    /// See [`Kernelspec::straggles`].
+    pub(crate) straggles: bool,
     session: String,
     key: Key,
     shell: tokio::sync::Mutex<Sender<OwnedWriteHalf>>,
@@ -217,6 +231,7 @@ impl Kernel {
         let kernel = Self {
             process,
             interrupt: launch.spec.interrupt,
+            straggles: launch.spec.straggles,
             session: id,
             key,
             shell: tokio::sync::Mutex::new(shell),
@@ -239,16 +254,16 @@ impl Kernel {
         self.process.ended()
     }
 
-    /// Sends code to be run. A silent one shows no value and counts as none.
-    pub(crate) async fn execute(&self, code: &str, silent: bool) -> Result<Pending, Error> {
+    /// Sends code to be run.
+    pub(crate) async fn execute(&self, code: &str, whose: Whose) -> Result<Pending, Error> {
         let content = content::Execute {
             code,
-            silent,
-            store_history: !silent,
+            silent: whose == Whose::Own,
+            store_history: whose == Whose::Users,
             user_expressions: Map::new(),
             allow_stdin: false,
             // What comes after is not to be thrown away because the daemon's own code failed.
-            stop_on_error: !silent,
+            stop_on_error: whose == Whose::Users,
         };
         let request = Request::new(&self.session, "execute_request", &content);
         self.send(&self.shell, &request).await
@@ -447,16 +462,39 @@ impl Pending {
     pub(crate) async fn done(mut self) -> bool {
         loop {
             match self.next().await {
-                Event::Message(message) if message.header.msg_type == "status" => {
-                    let status = message.content::<content::Status>();
-                    if status.is_ok_and(|status| status.execution_state == "idle") {
-                        return true;
-                    }
-                }
+                Event::Message(message) if message.is_idle() || message.is_reply() => return true,
                 Event::Ended(_) => return false,
                 _ => {}
             }
         }
+    }
+}
+
+impl Pending {
+    /// Waits until all of it has been heard.
+    pub(crate) async fn heard(mut self) {
+        loop {
+            match self.next().await {
+                Event::Message(message) if message.is_idle() => return,
+                Event::Ended(_) => return,
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Message {
+    /// Whether it says that all has been said.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.header.msg_type == "status"
+            && self
+                .content::<content::Status>()
+                .is_ok_and(|status| status.execution_state == "idle")
+    }
+
+    /// Whether it says how a request ended.
+    pub(crate) fn is_reply(&self) -> bool {
+        self.header.msg_type.ends_with("_reply")
     }
 }
 

@@ -38,6 +38,8 @@ pub struct Kernelspec {
     pub env: BTreeMap<String, String>,
     /// How it is interrupted.
     pub interrupt: Interrupt,
+    /// It may send a value after it has said that all has been said.
+    pub(crate) straggles: bool,
 }
 
 /// Where kernels and their programs are looked for.
@@ -96,6 +98,7 @@ impl Kernelspec {
             argv,
             env: file.env,
             interrupt: file.interrupt_mode,
+            straggles: false,
         };
         Some(spec.adjusted())
     }
@@ -107,6 +110,7 @@ impl Kernelspec {
             argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
             env: BTreeMap::new(),
             interrupt: Interrupt::Signal,
+            straggles: false,
         }
         .adjusted()
     }
@@ -116,6 +120,7 @@ impl Kernelspec {
         if program.file_name().is_some_and(|name| name == "deno") {
             // Its own kernelspec doesn't say so, but a signal ends it.
             self.interrupt = Interrupt::Message;
+            self.straggles = true;
             for (name, value) in [
                 ("NO_COLOR", "1"),
                 // `import 'fs'` as in Node, not only `import 'node:fs'`.
@@ -134,6 +139,17 @@ impl Kernelspec {
         {
             // A database of all input, and a thread that writes it, which nobody reads here.
             self.argv.push("--HistoryManager.enabled=False".to_owned());
+        }
+        if let Some(at) = self
+            .argv
+            .iter()
+            .position(|argument| argument.ends_with("/jjava-launcher.jar"))
+            && at > 0
+            && self.argv[at - 1] == "-jar"
+        {
+            // All it does is to start another machine, with these options.
+            let options = ["--add-opens", "jdk.jshell/jdk.jshell=ALL-UNNAMED", "-jar"];
+            self.argv.splice(at - 1..=at, options.map(str::to_owned));
         }
         self
     }
@@ -408,6 +424,26 @@ mod tests {
             ]
         );
         assert_eq!(image.command(&Language::Java), None);
+    }
+
+    #[test]
+    fn java_is_started_without_its_launcher() {
+        let image = Image::new(&[(
+            "usr/share/jupyter/kernels/java/kernel.json",
+            r#"{"argv": ["java", "-jar", "{resource_dir}/jjava-launcher.jar", "{resource_dir}/jjava.jar",
+                "{connection_file}"], "language": "java", "interrupt_mode": "message"}"#,
+        )]);
+        assert_eq!(
+            image.command(&Language::Java).unwrap(),
+            [
+                "java",
+                "--add-opens",
+                "jdk.jshell/jdk.jshell=ALL-UNNAMED",
+                "-jar",
+                "/usr/share/jupyter/kernels/java/jjava.jar",
+                "/c.json"
+            ]
+        );
     }
 
     #[test]

@@ -172,6 +172,19 @@ async fn a_restored_sandbox_draws_other_numbers_unless_they_are_seeded() {
         let drawn = bench.run(&id, "import random; random.random()").await;
         assert_eq!(drawn.value() == "0.32383276483316237", kept, "{drawn:?}");
     }
+    // The default context may be told before anybody runs code in it, and nobody sees that.
+    live("template");
+    bench.interpreter.start().await.unwrap();
+    let environment = &bench.sandbox.environment;
+    environment.lock().unwrap().insert("NEW".into(), "1".into());
+    live("sandbox");
+    bench.interpreter.refresh().await;
+    let code = "import os; print(os.environ['NEW'], [n for n in ('_', '__') if globals().get(n)])";
+    let told = bench.execute(json!({"code": code})).await;
+    assert_eq!(told.printed("stdout"), "1 []\n", "{told:?}");
+    assert_eq!(told.of("number_of_executions")[0]["execution_count"], 1);
+    assert_eq!(told.0.len(), 3);
+
     let id = bench.context("javascript").await;
     let draw = "Math.random()";
     live("another");
