@@ -186,11 +186,13 @@ fn javascript(change: &Change<'_>) -> String {
         ));
     }
     if let Some(Reseed { seed, .. }) = change.reseed {
-        // The kernel's generator for `crypto` takes a new key from the system after 64 KiB. That of
-        // `Math.random` takes none ever, but a clone can go another way along its sequence.
+        // What the kernel draws ahead for `crypto`, or stretches a key of the system's to, is used up:
+        // 64 KiB at the most, for each of the two functions. For `Math.random` it never asks the
+        // system again, but a clone can go another way along the sequence.
         let steps = seed % (1 << 14);
         code.push(format!(
             "for (let i = 0; i < 3; i++) crypto.getRandomValues(new Uint8Array(65536)); \
+             for (let i = 0; i < 4200; i++) crypto.randomUUID(); \
              for (let i = 0; i < {steps}; i++) Math.random();"
         ));
     }
