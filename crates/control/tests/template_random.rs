@@ -1,5 +1,7 @@
 //! Random builds, some of which fail: what is kept is what is used, and what is made is right.
 
+#![allow(clippy::expect_used, reason = "a helper of tests may panic")]
+
 mod common;
 
 use std::{collections::BTreeSet, time::Duration};

@@ -1,5 +1,7 @@
 //! Templates that are made in steps: layers, what is found and what is made again.
 
+#![allow(clippy::expect_used, reason = "a helper of tests may panic")]
+
 mod common;
 
 use std::time::Duration;

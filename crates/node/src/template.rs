@@ -77,7 +77,7 @@ pub enum ImageSource {
     /// Made on this machine, unless it has been made before.
     Recipe {
         /// The root file system.
-        recipe: Recipe,
+        recipe: Box<Recipe>,
         /// The kernel.
         kernel: KernelSource,
         /// The guest daemon.

@@ -160,7 +160,7 @@ async fn programs_and_files_come_into_vms_and_stay_in_their_layers() {
     node.kill(&id).await.unwrap();
     let id = create(&node, &layer.manifest.id).await;
     let look = bash(
-        "cd /srv/new/app; stat -c '%n %U:%G %a' data bin bin/hello; cat link; bin/hello; pgrep -f 'sleep 4711' -c",
+        "cd /srv/new/app; stat -c '%n %U:%G %a' data bin bin/hello; cat link; bin/hello; pgrep -c -x sleep",
     );
     assert_eq!(
         run(&node, &id, &look).await.1,
@@ -193,7 +193,7 @@ async fn another_shape(node: &Node, of: &SnapshotId) {
         .await
         .unwrap();
     let id = create(node, &built.snapshot).await;
-    let look = bash("nproc; /srv/new/app/bin/hello; pgrep -f 'sleep 4711' -c; true");
+    let look = bash("nproc; /srv/new/app/bin/hello; pgrep -c -x sleep; true");
     assert_eq!(run(node, &id, &look).await.1, "2\nhello\n0\n");
     let memory = bash("awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo");
     let mib: u32 = run(node, &id, &memory).await.1.trim().parse().unwrap();

@@ -190,10 +190,10 @@ impl NodeFleet {
         let (source, warm_up) = match &order.source {
             Source::Recipe(name) => {
                 let source = ImageSource::Recipe {
-                    recipe: Recipe {
+                    recipe: Box::new(Recipe {
                         disk_mib: order.disk_mib,
                         ..recipe(name)?
-                    },
+                    }),
                     kernel: images.kernel.clone(),
                     guest: images.guest.clone(),
                     dir: images.dir.clone(),
