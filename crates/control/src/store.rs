@@ -19,7 +19,9 @@ use tokio::sync::Mutex;
 
 use crate::{
     error::{Error, Result},
-    template::{BuildSpec, BuildTemplate, Size, Started, Template, Templates, shorten},
+    template::{
+        BuildSpec, BuildTemplate, Origin, Probe, Size, Started, Template, Templates, shorten,
+    },
 };
 
 /// The catalogue that is part of this program.
@@ -159,7 +161,7 @@ impl TemplateStore {
     pub async fn install(&self, name: &str, wanted: Install) -> Result<Started> {
         let Entry {
             name, size, spec, ..
-        } = self.entry(name).await?;
+        } = self.without_the_recipes(self.entry(name).await?);
         let request = BuildTemplate {
             tags: wanted.tags,
             size: Size {
@@ -194,6 +196,23 @@ impl TemplateStore {
         found.cloned().ok_or_else(|| Error::NotInStore {
             name: shorten(name),
         })
+    }
+
+    /// The entry without what its recipe brings about by itself: it would be started twice.
+    fn without_the_recipes(&self, mut entry: Entry) -> Entry {
+        let Origin::Recipe(name) = &entry.spec.origin else {
+            return entry;
+        };
+        let recipe = self.config.recipes.iter().find(|r| r.name == *name);
+        if let Some(Entry { spec: recipe, .. }) = recipe {
+            let spec = &mut entry.spec;
+            spec.start
+                .take_if(|start| recipe.start.as_ref() == Some(start));
+            if spec.ready == recipe.ready {
+                spec.ready = Probe::None;
+            }
+        }
+        entry
     }
 
     async fn listed(&self, entry: &Entry) -> Result<Listed> {

@@ -10,7 +10,7 @@ use common::Plane;
 use cubicle_control::{
     Error,
     store::{CatalogueSource, Entry, Install, StoreConfig},
-    template::{BuildSpec, BuildStatus, Size, Started},
+    template::{BuildSpec, BuildStatus, Probe, Size, Started},
 };
 use futures::TryStreamExt as _;
 
@@ -138,6 +138,45 @@ async fn installing_builds_the_template_once() {
     assert_ne!(other.build.template, template.id);
     let resolved = plane.control.templates.resolve("ours:v2").await.unwrap();
     assert_eq!(resolved.memory_mib, 512);
+}
+
+/// A machine starts what its recipe says without being asked.
+#[tokio::test]
+async fn what_a_recipe_starts_is_not_asked_for_again() {
+    let shelf = Shelf::new(
+        true,
+        r#"{"name": "same", "from": {"recipe": "web"}},
+           {"name": "more", "from": {"recipe": "web"}, "start": "serve more"}"#,
+    );
+    let plane = Plane::with(|config| {
+        let mut web = recipe("web");
+        web.spec.start = Some("serve".into());
+        web.spec.ready = Probe::Tcp { port: 80 };
+        config.store = StoreConfig {
+            recipes: vec![web],
+            source: Some(shelf),
+        };
+    })
+    .await;
+    let listed = plane.control.store.get("same").await.unwrap().entry.spec;
+    assert_eq!(
+        (listed.start.as_deref(), &listed.ready),
+        (Some("serve"), &Probe::Tcp { port: 80 })
+    );
+    for (name, expected) in [("same", None), ("more", Some("serve more"))] {
+        let started = plane
+            .control
+            .store
+            .install(name, Install::default())
+            .await
+            .unwrap();
+        let spec = started.build.spec.unwrap();
+        assert_eq!(
+            (spec.start.as_deref(), spec.ready),
+            (expected, Probe::None),
+            "{name}"
+        );
+    }
 }
 
 #[tokio::test]
