@@ -44,6 +44,12 @@ pub(crate) struct CreateBody {
     template_id: String,
     /// Seconds that it lives; -1 is for ever. 15 if left out, 300 in v2.
     timeout: Option<i64>,
+    /// CPUs, if it is to have another number than its template's sandboxes. The first of a size takes
+    /// as long as booting it.
+    cpu_count: Option<u32>,
+    /// Memory in MiB, likewise.
+    #[serde(rename = "memoryMB")]
+    memory_mb: Option<u32>,
     /// Attached to it, for filters.
     metadata: Option<BTreeMap<String, String>>,
     /// Environment of every process that is started in it. `envs` means the same.
@@ -127,8 +133,8 @@ impl CreateBody {
             mounts,
             network,
             lifecycle,
-            cpu_count: None,
-            memory_mib: None,
+            cpu_count: self.cpu_count,
+            memory_mib: self.memory_mb,
             idempotency: None,
         })
     }
