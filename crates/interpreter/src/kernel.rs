@@ -458,24 +458,22 @@ impl Pending {
         }
     }
 
-    /// Waits until it is done, whatever comes of it. False: the kernel ended.
-    pub(crate) async fn done(mut self) -> bool {
-        loop {
-            match self.next().await {
-                Event::Message(message) if message.is_idle() || message.is_reply() => return true,
-                Event::Ended(_) => return false,
-                _ => {}
-            }
-        }
-    }
-}
-
-impl Pending {
     /// Waits until all of it has been heard.
     pub(crate) async fn heard(mut self) {
         loop {
             match self.next().await {
                 Event::Message(message) if message.is_idle() => return,
+                Event::Ended(_) => return,
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits until it is done, whatever comes of it.
+    pub(crate) async fn done(mut self) {
+        loop {
+            match self.next().await {
+                Event::Message(message) if message.is_idle() || message.is_reply() => return,
                 Event::Ended(_) => return,
                 _ => {}
             }
