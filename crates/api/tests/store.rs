@@ -1,4 +1,5 @@
 //! The template store, over HTTP.
+#![allow(clippy::expect_used, reason = "these are tests")]
 
 mod common;
 
