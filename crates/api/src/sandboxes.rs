@@ -16,7 +16,7 @@ pub(crate) use self::{
     branch::{fork_it, rollback_it},
     model::{ForkBody, ForkResult, PauseBody, RollbackBody, reference},
     pause::pause_it,
-    read::{backward, level},
+    read::{backward, is_e2b, level},
 };
 use crate::{AppState, envelope::deadline, snapshots::FREEZE_DEADLINE};
 

@@ -110,6 +110,14 @@ async fn templates_are_listed_found_changed_and_deleted() {
     server
         .delete(&format!("/templates/{id}%3Adefault"))
         .await
+        .expect(409);
+    server
+        .delete(&format!("/templates/{id}%3Adefault?force=maybe"))
+        .await
+        .expect(400);
+    server
+        .delete(&format!("/templates/{id}%3Adefault?force=true"))
+        .await
         .expect(204);
     server.delete("/templates/base").await.expect(404);
     server.get(&format!("/sandboxes/{kept}")).await.expect(200);

@@ -74,7 +74,7 @@ pub(crate) async fn list_all(
 }
 
 /// Whether a client is one of E2B's own, which say so.
-fn is_e2b(headers: &HeaderMap) -> bool {
+pub(crate) fn is_e2b(headers: &HeaderMap) -> bool {
     let agent = headers.get(USER_AGENT).map(HeaderValue::as_bytes);
     agent.is_some_and(|agent| agent.starts_with(b"e2b-"))
 }

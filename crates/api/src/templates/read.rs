@@ -1,8 +1,8 @@
 //! Templates, looked at, changed and deleted.
 
 use axum::{Json, extract::State};
-use cubicle_control::template::Template;
-use http::{HeaderMap, StatusCode};
+use cubicle_control::{Error, template::Template};
+use http::{HeaderMap, HeaderValue, StatusCode, header::USER_AGENT};
 
 use super::model::{
     AliasBody, TemplateBody, TemplateUpdate, TemplateUpdated, TemplateWithBuilds, is_default,
@@ -125,11 +125,17 @@ pub(super) fn with_builds(
 
 /// Delete a template or a snapshot
 ///
-/// Sandboxes that were made from it run on, and snapshots that descend from it stay.
+/// Sandboxes that were made from a snapshot run on, and snapshots that descend from it stay. So it
+/// is with a template that is deleted by force; otherwise one that sandboxes were made from stays.
 #[utoipa::path(
     delete, path = "/templates/{templateID}", tag = "templates",
-    params(("templateID" = String, Path,
-            description = "Its id or a name, of a template or a snapshot; one segment, encoded")),
+    params(
+        ("templateID" = String, Path,
+         description = "Its id or a name, of a template or a snapshot; one segment, encoded"),
+        ("force" = Option<bool>, Query,
+         description = "Whether to delete a template that sandboxes were made from; if nothing is \
+                        said, E2B's clients and our own mean it and others do not"),
+    ),
     responses(
         (status = 204, description = "It is gone"),
         (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
@@ -140,9 +146,32 @@ pub(super) fn with_builds(
 pub(crate) async fn delete(
     State(state): State<AppState>,
     Segment(reference): Segment,
+    query: Query,
+    headers: HeaderMap,
 ) -> ApiResult<StatusCode> {
-    state.control.delete(&reference).await?;
+    let force = match query.text("force")? {
+        Some("true") => true,
+        Some("false") => false,
+        Some(_) => return Err(ApiError::field("force", "is neither 'true' nor 'false'")),
+        // Cube's clients, who expect to be refused, do not say who they are.
+        None => crate::sandboxes::is_e2b(&headers) || is_own(&headers),
+    };
+    let control = &state.control;
+    if !force && control.templates.find_id(&reference).await?.is_some() {
+        match control.delete_unused(&reference).await {
+            // What is made from a snapshot has that in the place of its template.
+            Err(Error::TemplateNotFound { .. }) => {}
+            done => return Ok(done.map(|()| StatusCode::NO_CONTENT)?),
+        }
+    }
+    control.delete(&reference).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Whether a client is our own command line, which says so.
+fn is_own(headers: &HeaderMap) -> bool {
+    let agent = headers.get(USER_AGENT).map(HeaderValue::as_bytes);
+    agent.is_some_and(|agent| agent.starts_with(b"cubicle/"))
 }
 
 /// Change a template
