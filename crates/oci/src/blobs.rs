@@ -185,12 +185,11 @@ impl Blobs {
         }
         let turn = self.turn(&blob.digest);
         let _turn = turn.lock().await;
-        let Some(writer) = self.begin(blob).await? else {
+        let Some((writer, _unless_empty)) = self.begin(blob).await? else {
             arrived(blob.size.cast_signed());
             return Ok(());
         };
         let partial = self.partial(&blob.digest);
-        let _unless_empty = UnlessEmpty(&partial);
         match receive(writer, blob, source, arrived).await {
             Ok(writer) => {
                 let (partial, path) = (partial.clone(), self.path(&blob.digest));
@@ -223,7 +222,7 @@ impl Blobs {
     }
 
     /// What there is of a blob, locked against other processes; none if it is whole by now.
-    async fn begin(&self, blob: &Descriptor) -> Result<Option<Writer>> {
+    async fn begin(&self, blob: &Descriptor) -> Result<Option<(Writer, UnlessEmpty)>> {
         let partial = self.partial(&blob.digest);
         let file = loop {
             if self.find(&blob.digest).is_some() {
@@ -243,8 +242,11 @@ impl Blobs {
                 Err(error) => return Err(error).during("lock a blob"),
             }
         };
+        // From here on it is ours to remove, also if nobody waits for what follows.
+        let unless_empty = UnlessEmpty(partial);
         let size = blob.size;
-        blocking(move || Writer::resume(file, size)).await.map(Some)
+        let writer = blocking(move || Writer::resume(file, size)).await?;
+        Ok(Some((writer, unless_empty)))
     }
 }
 
@@ -371,12 +373,12 @@ async fn drink(
 }
 
 /// Removes a file if nothing is in it, also if the work on it is dropped.
-struct UnlessEmpty<'a>(&'a Path);
+struct UnlessEmpty(PathBuf);
 
-impl Drop for UnlessEmpty<'_> {
+impl Drop for UnlessEmpty {
     fn drop(&mut self) {
-        if fs_err::metadata(self.0).is_ok_and(|file| file.len() == 0) {
-            fs_err::remove_file(self.0).ok();
+        if fs_err::metadata(&self.0).is_ok_and(|file| file.len() == 0) {
+            fs_err::remove_file(&self.0).ok();
         }
     }
 }

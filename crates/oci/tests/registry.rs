@@ -10,108 +10,14 @@ use std::{
 };
 
 use cubicle_image::Progress;
-use cubicle_oci::{
-    Auth, Config, Disk, Error, Found, ImageMap, Images, Limits, PULL, Resolved, UNPACK,
-};
+use cubicle_oci::{Config, Error, ImageMap, Images, Limits, PULL, Resolved, UNPACK};
 use support::{
     Entry,
     image::{Packed, TestImage, TestLayer, noise},
+    place::{Place, files_in, image},
     proxy::Proxy,
     registry::Registry,
 };
-use tempfile::TempDir;
-
-struct Place {
-    directory: TempDir,
-    images: Images,
-}
-
-impl Place {
-    fn new() -> Place {
-        Place::with(|_| {})
-    }
-
-    fn with(change: impl FnOnce(&mut Config)) -> Place {
-        let directory = tempfile::tempdir().unwrap();
-        let mut config = Config {
-            dir: directory.path().join("images"),
-            ..Config::default()
-        };
-        change(&mut config);
-        let images = Images::open(config).unwrap();
-        Place { directory, images }
-    }
-
-    async fn find(&self, name: &str) -> Found {
-        match self.images.resolve(name, None).await.unwrap() {
-            Resolved::Image(found) => found,
-            Resolved::Recipe(recipe) => panic!("{name} is the recipe {recipe}"),
-        }
-    }
-
-    async fn disk(&self, name: &str, mib: u32) -> Result<Disk, Error> {
-        let found = self.find(name).await;
-        let silent = Progress::silent();
-        let image = self.images.pull(&found, None, &silent).await?;
-        self.images.disk(&image, mib, &silent).await
-    }
-
-    /// All files but the lock, relative to the directory.
-    fn files(&self) -> Vec<PathBuf> {
-        let root = self.directory.path().join("images");
-        files_in(&root)
-    }
-}
-
-fn files_in(root: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut waiting = vec![root.to_owned()];
-    while let Some(directory) = waiting.pop() {
-        for entry in fs_err::read_dir(&directory).unwrap() {
-            let path = entry.unwrap().path();
-            let relative = path.strip_prefix(root).unwrap().to_owned();
-            if path.is_dir() {
-                waiting.push(path);
-            } else if relative != Path::new(".lock") {
-                found.push(relative);
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
-/// Three layers, each packed in another way, that say something about one another.
-fn image() -> TestImage {
-    let lowest = [
-        Entry::dir("bin/"),
-        Entry::file("bin/serve", "#!/bin/sh\n").mode(0o4755),
-        Entry::dir("etc"),
-        Entry::file("etc/old", "old"),
-        Entry::file("etc/kept", "kept").owner(12, 34),
-        Entry::dir("cache"),
-        Entry::file("cache/a", "a"),
-        Entry::symlink("lib", "usr/lib"),
-        Entry::dir("usr/lib"),
-    ];
-    let middle = [
-        Entry::file("etc/.wh.old", ""),
-        Entry::file("cache/.wh..wh..opq", ""),
-        Entry::file("cache/b", "b"),
-        Entry::file("lib/through-link", noise(10_000, 1)),
-        Entry::hard_link("lib/second-name", "usr/lib/through-link"),
-    ];
-    let highest = [
-        Entry::file("etc/new", "new").xattr("user.note", "hi"),
-        Entry::device("null", b'3', 1, 3),
-        Entry::new(b'6', "pipe"),
-    ];
-    TestImage::new(vec![
-        TestLayer::new(&lowest, Packed::Gzip),
-        TestLayer::new(&middle, Packed::Zstd),
-        TestLayer::new(&highest, Packed::Plain),
-    ])
-}
 
 fn run(program: &str, arguments: &[&str], image: &Path) -> String {
     let output = Command::new(program)
@@ -204,7 +110,7 @@ async fn by_tag_by_digest_by_both_and_from_files_it_is_one_disk() {
         .await
         .unwrap();
     assert_eq!((removed.disks, removed.blobs), (0, 4));
-    assert_eq!(place.files(), [Path::new(""); 0]);
+    assert_eq!(place.files(), Vec::<PathBuf>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -274,7 +180,7 @@ async fn what_is_not_there_is_said_to_be_missing() {
     let error = error.unwrap_err();
     assert!(matches!(error, Error::Registry { .. }), "{error:?}");
     assert!(error.to_string().contains("refused"), "{error}");
-    assert_eq!(place.files(), [Path::new(""); 0]);
+    assert_eq!(place.files(), Vec::<PathBuf>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -372,7 +278,7 @@ async fn a_configuration_that_lies_about_its_layers_is_refused() {
         "{error}"
     );
     let disks = files_in(&place.directory.path().join("images/disks"));
-    assert_eq!(disks, [Path::new(""); 0]);
+    assert_eq!(disks, Vec::<PathBuf>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -518,7 +424,7 @@ async fn a_disk_that_is_too_small_says_how_large_it_should_be() {
     };
     assert!((80..200).contains(&needed_mib), "{needed_mib}");
     let disks = files_in(&place.directory.path().join("images/disks"));
-    assert_eq!(disks, [Path::new(""); 0]);
+    assert_eq!(disks, Vec::<PathBuf>::new());
     let enough = u32::try_from(needed_mib).unwrap();
     let disk = place.disk(&name, enough).await.unwrap();
     run("e2fsck", &["-f", "-n"], &disk.image);
@@ -592,128 +498,7 @@ async fn a_start_removes_what_a_crash_left() {
     assert!(scratch.exists());
     drop(open);
     drop(Images::open(config()).unwrap());
-    assert_eq!(files_in(&images), [Path::new(""); 0]);
+    assert_eq!(files_in(&images), Vec::<PathBuf>::new());
     assert!(!scratch.exists());
     drop(directory);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_password_is_asked_for_and_checked() {
-    let registry = support::secured::with_password("alice", "correct horse");
-    let name = format!("{}/app:v1", registry.host());
-    let mut pusher = support::registry::Pusher::new(format!("http://{}", registry.host()));
-    pusher.auth = Some(("alice".into(), "correct horse".into()));
-    pusher.push("app", "v1", &image()).await;
-    check_credentials(&name, "alice", "correct horse").await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_token_is_fetched_with_the_password() {
-    let (registry, tokens) = support::secured::with_tokens("bob", "hunter2").await;
-    let name = format!("{}/team/app:v1", registry.host());
-    let mut pusher = support::registry::Pusher::new(format!("http://{}", registry.host()));
-    pusher.auth = Some((tokens.for_everything(), String::new()));
-    pusher.push("team/app", "v1", &image()).await;
-    check_credentials(&name, "bob", "hunter2").await;
-}
-
-async fn check_credentials(name: &str, username: &str, password: &str) {
-    let auth = |password: &str| Auth {
-        username: username.to_owned(),
-        password: password.to_owned(),
-    };
-    let place = Place::new();
-    for (given, had) in [(None, false), (Some(auth("wrong")), true)] {
-        let error = place
-            .images
-            .resolve(name, given.as_ref())
-            .await
-            .unwrap_err();
-        assert!(
-            matches!(&error, Error::Unauthorized { had_credentials, .. }
-            if *had_credentials == had),
-            "{error:?}"
-        );
-        assert!(
-            !format!("{error} {error:?}").contains("wrong\""),
-            "{error:?}"
-        );
-    }
-    let right = auth(password);
-    let Resolved::Image(found) = place.images.resolve(name, Some(&right)).await.unwrap() else {
-        panic!("it is an image");
-    };
-    let silent = Progress::silent();
-    for given in [None, Some(auth("wrong"))] {
-        let error = place.images.pull(&found, given.as_ref(), &silent).await;
-        let error = error.unwrap_err();
-        assert!(matches!(error, Error::Unauthorized { .. }), "{error:?}");
-        assert_eq!(place.files(), [Path::new(""); 0]);
-    }
-    let image = place
-        .images
-        .pull(&found, Some(&right), &silent)
-        .await
-        .unwrap();
-    place.images.disk(&image, 64, &silent).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_certificate_of_ones_own_is_trusted_if_it_is_named() {
-    let (registry, ca) = support::secured::with_tls();
-    let mut pusher = support::registry::Pusher::new(format!("https://{}", registry.host()));
-    pusher.client = ca.client();
-    pusher.push("app", "v1", &image()).await;
-    let name = format!("{}/app:v1", registry.host());
-
-    let stranger = Place::new();
-    let error = stranger.images.resolve(&name, None).await.unwrap_err();
-    assert!(error.to_string().contains("certificate"), "{error}");
-    let place = Place::with(|config| config.ca_files = vec![ca.file()]);
-    place.disk(&name, 64).await.unwrap();
-
-    let config = Config {
-        dir: place.directory.path().join("other"),
-        ca_files: vec!["/etc/hostname".into()],
-        ..Config::default()
-    };
-    let error = Images::open(config).unwrap_err();
-    assert!(matches!(error, Error::Setting { .. }), "{error:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn mirrors_and_the_map_lead_elsewhere() {
-    let registry = Registry::start();
-    let image = image();
-    registry.push("hub/library/python", "3", &image).await;
-    registry.push("local/node", "latest", &image).await;
-    let host = registry.host();
-    let nowhere = format!("127.0.0.1:{}", support::registry::free_port());
-    let place = Place::with(|config| {
-        config.mirrors = vec![
-            format!("docker.io={nowhere}").parse().unwrap(),
-            format!("docker.io={host}/hub").parse().unwrap(),
-        ];
-        let map = format!(
-            r#"{{"node:*": "{host}/local/node", "debian": "recipe:base", "a": "b", "b": "a"}}"#
-        );
-        config.map = ImageMap::parse(&map, Path::new("/")).unwrap();
-    });
-    for name in [
-        "python:3",
-        "docker.io/library/python:3",
-        "node:22",
-        "docker.io/library/node:1",
-    ] {
-        assert_eq!(place.find(name).await.digest, image.digest(), "{name}");
-    }
-    place.disk("python:3", 64).await.unwrap();
-    let recipe = place.images.resolve("debian", None).await.unwrap();
-    assert!(matches!(recipe, Resolved::Recipe(name) if name == "base"));
-    let error = place.images.resolve("a", None).await.unwrap_err();
-    assert!(error.to_string().contains("circle"), "{error}");
-    // Who asks for a digest gets that or nothing, whatever the map says.
-    let other = format!("node:22@sha256:{}", "1".repeat(64));
-    let error = place.images.resolve(&other, None).await.unwrap_err();
-    assert!(matches!(error, Error::NotFound { .. }), "{error:?}");
 }

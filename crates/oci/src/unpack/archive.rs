@@ -76,14 +76,21 @@ impl<R: Read> Archive<R> {
         let mut extensions = Extensions::default();
         let mut long_path = None;
         let mut long_link = None;
+        let mut is_announced = false;
         loop {
             self.skip_rest()?;
             let Some(block) = self.block()? else {
-                return Ok(None);
+                // An extended header belongs to something that has to follow.
+                return if is_announced {
+                    Err(Fault::Truncated)
+                } else {
+                    Ok(None)
+                };
             };
             let header = tar::Header::from_byte_slice(&block);
             verify(header, &block)?;
             let stored = header.entry_size().map_err(|_| Fault::field("size"))?;
+            is_announced |= matches!(block[156], b'x' | b'X' | b'L' | b'K');
             match block[156] {
                 // Meant for all that follows; nobody puts anything there that concerns us.
                 b'g' => self.begin(stored),

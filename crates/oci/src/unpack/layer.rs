@@ -25,6 +25,9 @@ const WHITEOUT: &[u8] = b".wh.";
 const RESERVED: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
+/// The longest name in a directory, in bytes, for Linux and for ext4.
+const NAME_MAX: usize = 255;
+
 /// One layer being unpacked.
 pub(super) struct Layer<'a, R> {
     tree: &'a mut Tree,
@@ -303,6 +306,9 @@ fn components(path: &[u8]) -> Result<Vec<&[u8]>, Fault> {
         .collect();
     if parts.contains(&&b".."[..]) {
         return Err(Fault::Name("leads upwards"));
+    }
+    if parts.iter().any(|part| part.len() > NAME_MAX) {
+        return Err(Fault::Name("has a part of more than 255 bytes"));
     }
     Ok(parts)
 }

@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn records_may_hold_anything() {
-        let found = parse(b"12 path=a=b\n31 SCHILY.xattr.user.x=\0\n=\xff end\n").unwrap();
+        let found = parse(b"12 path=a=b\n32 SCHILY.xattr.user.x=\0\n=\xff end\n").unwrap();
         assert_eq!(found.path.unwrap(), b"a=b");
         assert_eq!(
             found.xattrs,

@@ -6,6 +6,7 @@ pub(crate) mod canary;
 pub(crate) mod hostile;
 pub(crate) mod image;
 pub(crate) mod model;
+pub(crate) mod place;
 pub(crate) mod proxy;
 pub(crate) mod registry;
 pub(crate) mod secured;
