@@ -262,8 +262,9 @@ impl Kernel {
             store_history: whose == Whose::Users,
             user_expressions: Map::new(),
             allow_stdin: false,
-            // What comes after is not to be thrown away because the daemon's own code failed.
-            stop_on_error: whose == Whose::Users,
+            // Code of a user is only sent when the one before is done. What may be thrown away are the
+            // daemon's own lines after code that failed, and those have to run.
+            stop_on_error: false,
         };
         let request = Request::new(&self.session, "execute_request", &content);
         self.send(&self.shell, &request).await

@@ -167,6 +167,7 @@ mod tests {
 
     #[test]
     fn the_name_of_a_source_gives_no_password_away() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let source = source("https://me:secret@store.example/c.json?token=x").expect("a source");
         assert_eq!(source.name(), "https://store.example/c.json");
         assert!(!source.is_local());

@@ -25,8 +25,8 @@ pub(super) fn open<R: Read>(mut input: R) -> Result<Decompressed<R>, Fault> {
     let start = &start[..length];
     if start.starts_with(b"\x1f\x8b") {
         let input = BufReader::with_capacity(BUFFER, whole);
-        return Ok(Decompressed::Gzip(flate2::bufread::MultiGzDecoder::new(
-            input,
+        return Ok(Decompressed::Gzip(Box::new(
+            flate2::bufread::MultiGzDecoder::new(input),
         )));
     }
     if start.starts_with(b"\x28\xb5\x2f\xfd") || is_skippable_zstd(start) {
@@ -55,7 +55,7 @@ type Whole<R> = BufReader<Chain<io::Take<Cursor<[u8; 6]>>, R>>;
 /// The bytes that come out.
 pub(super) enum Decompressed<R: Read> {
     Plain(Whole<R>),
-    Gzip(flate2::bufread::MultiGzDecoder<Whole<R>>),
+    Gzip(Box<flate2::bufread::MultiGzDecoder<Whole<R>>>),
     Zstd(zstd::stream::read::Decoder<'static, Whole<R>>),
 }
 
