@@ -202,7 +202,9 @@ async fn follow(
                 {
                     return Err(Broken::Missing(message));
                 }
-                Event::Failed { message, .. } => return Err(Broken::Other(message)),
+                Event::Failed { code, message } => {
+                    return Err(Broken::Other(format!("{code}: {message}")));
+                }
             }
         }
     }

@@ -101,11 +101,21 @@ impl<'a> BuildVm<'a> {
     /// Does what a stage consists of.
     pub(super) async fn carry_out(&self, stage: &Stage, log: &Log) -> Result<()> {
         let done = self.do_work(stage, log).await;
-        done.map_err(|error| match error {
-            Error::StepFailed { why } => Error::StepFailed {
+        done.map_err(|error| match (&stage.work, error) {
+            // In the words of E2B's builder, which clients look for.
+            (Work::Run { command, .. }, Error::StepFailed { why }) => Error::StepFailed {
+                why: format!("failed to run command '{}': {why}", shorten(command)),
+            },
+            (Work::Run { command, .. }, Error::Fleet(FleetError::Failed { why, .. })) => {
+                let command = shorten(command);
+                Error::StepFailed {
+                    why: format!("failed to run command '{command}': command failed: {why}"),
+                }
+            }
+            (_, Error::StepFailed { why }) => Error::StepFailed {
                 why: format!("{}: {why}", shorten(&stage.title)),
             },
-            error => error,
+            (_, error) => error,
         })
     }
 

@@ -307,6 +307,10 @@ impl NodeFleet {
                     why: "the image has no shell, neither /bin/bash nor /bin/sh".to_owned(),
                 }
             }
+            cubicle_node::Error::Program { reason, .. } => FleetError::Failed {
+                doing: doing.clone(),
+                why: reason,
+            },
             error => failed(doing.clone())(error),
         });
         ended.map(|ProgramEnd { exit_code, status }| Ended {
