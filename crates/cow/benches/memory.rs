@@ -95,18 +95,24 @@ fn captures(store: &Store, megabytes: usize, pattern: Pattern) {
         for path in [&image, &again] {
             let _ = std::fs::remove_file(path);
         }
-        let report = write_image(store.support(), base.as_path(), &dirty, &image).unwrap();
+        let report = write_image(store.support(), base.as_path(), &dirty, &image)
+            .unwrap()
+            .report;
         write.push(Duration::from_micros(report.write_us));
         written.0 = report.bytes_written;
         let started = Instant::now();
         File::open(&image).unwrap().sync_data().unwrap();
         flush.push(started.elapsed());
         // An idle VM's second snapshot.
-        let report = write_image(store.support(), image.as_path(), &dirty, &again).unwrap();
+        let report = write_image(store.support(), image.as_path(), &dirty, &again)
+            .unwrap()
+            .report;
         second.push(Duration::from_micros(report.write_us));
         written.1 = report.bytes_written;
         std::fs::remove_file(&again).unwrap();
-        let report = write_image(store.support(), Base::Zeros, &dirty, &again).unwrap();
+        let report = write_image(store.support(), Base::Zeros, &dirty, &again)
+            .unwrap()
+            .report;
         nothing.push(Duration::from_micros(report.write_us));
         written.2 = report.bytes_written;
     }

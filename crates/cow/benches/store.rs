@@ -134,7 +134,9 @@ fn captures(store: &Store, megabytes: usize) {
         let cold = started.elapsed();
         let to = store.root().path().join("image.img");
         let _ = std::fs::remove_file(&to);
-        let report = write_image(store.support(), base.as_path(), &dirty, &to).unwrap();
+        let report = write_image(store.support(), base.as_path(), &dirty, &to)
+            .unwrap()
+            .report;
         scan.push(Duration::from_micros(report.scan_us));
         copy.push(cold);
         write.push(Duration::from_micros(report.write_us));

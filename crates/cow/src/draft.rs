@@ -10,7 +10,7 @@ use cubicle_ids::SnapshotId;
 use crate::{
     error::{Context as _, Error, Result},
     manifest::{FORMAT_VERSION, Manifest, Part, SnapshotKind},
-    memory::{self, Base, Dirty, MemoryReport, Run},
+    memory::{self, Base, Dirty, Run, Written},
     reflink,
     snapshot::{DEVICE_STATE, MANIFEST, MEMORY, Snapshot, WORKING_SET},
     store::{Store, uncancelled},
@@ -88,11 +88,7 @@ impl Draft {
     ///
     /// # Errors
     /// As [`memory::write_image`].
-    pub fn write_memory<'a>(
-        &self,
-        base: impl Into<Base<'a>>,
-        dirty: &Dirty,
-    ) -> Result<MemoryReport> {
+    pub fn write_memory<'a>(&self, base: impl Into<Base<'a>>, dirty: &Dirty) -> Result<Written> {
         memory::write_image(self.store.support(), base, dirty, &self.memory_image())
     }
 

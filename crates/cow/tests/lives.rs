@@ -25,7 +25,7 @@ use common::{
 };
 use cubicle_cow::{
     DiskShape, Manifest, SnapshotKind, Store, VolumeName,
-    memory::{SoftDirtyBits, Tier, TierChoice, Tracker, started_from},
+    memory::{Base, PageSums, SoftDirtyBits, Tier, TierChoice, Tracker, Written, started_from},
 };
 use cubicle_ids::{SandboxId, SnapshotId};
 use proptest::prelude::*;
@@ -97,7 +97,8 @@ struct Vm {
     tracker: Tracker,
     bits: Arc<Bits>,
     /// The image of the last capture.
-    last: Option<File>,
+    /// The image of its last capture, and what is known of it.
+    last: Option<(File, PageSums)>,
     /// Which snapshot that is.
     imaged_as: Option<SnapshotId>,
     /// What it was restored from, or captured as last.
@@ -221,11 +222,12 @@ impl World {
             return; // Dropped, like a draft for which there was no room.
         }
         let base = match &vm.last {
-            Some(last) if dirty.needs_last_image() || !over_start => last,
+            Some((last, sums)) if dirty.needs_last_image() || !over_start => Base::Last(last, sums),
             None if dirty.needs_last_image() => panic!("relative to an image that is not there"),
-            _ => &start,
+            _ => Base::File(&start),
         };
-        let report = draft.write_memory(base, &dirty).unwrap();
+        let Written { report, mut sums } = draft.write_memory(base, &dirty).unwrap();
+        sums.complete(&dirty);
         assert!(report.bytes_written <= report.bytes_dirty);
         // A VM that did nothing since its last image writes nothing.
         let idle = self.taken.last().is_some_and(|last| {
@@ -247,7 +249,7 @@ impl World {
         vm.parent = Some(snapshot.manifest().clone());
         vm.tracker.imaged();
         vm.imaged_as = Some(id.clone());
-        vm.last = Some(File::open(snapshot.memory_image()).unwrap());
+        vm.last = Some((File::open(snapshot.memory_image()).unwrap(), sums));
         same(&snapshot.memory_image(), &vm.model.content);
         self.taken.push(Taken {
             id,

@@ -8,7 +8,7 @@
 
 mod common;
 
-use std::{os::unix::fs::MetadataExt as _, path::Path};
+use std::{fs::File, os::unix::fs::MetadataExt as _, path::Path};
 
 use common::{
     DataDir,
@@ -16,7 +16,7 @@ use common::{
 };
 use cubicle_cow::{
     Error,
-    memory::{Base, Buffer, Tier, capture, capture_all, write_image},
+    memory::{Base, Buffer, PageSums, Tier, capture, capture_all, write_image},
     reflink::Support,
 };
 use proptest::prelude::*;
@@ -47,6 +47,7 @@ proptest! {
         for (life, cycles) in lives.into_iter().enumerate() {
             let mut model = Model::start(&started_from);
             let mut previous = started_from.clone();
+            let mut last: Option<(File, PageSums)> = None;
             for (cycle, writes) in cycles.into_iter().enumerate() {
                 for (page, write) in writes {
                     model.apply(page, write);
@@ -57,23 +58,35 @@ proptest! {
                 let over_start = path("start");
                 let over_previous = path("previous");
                 write_image(&support, started_from.as_path(), &dirty, &over_start).unwrap();
-                let report = write_image(&support, previous.as_path(), &dirty, &over_previous).unwrap();
+                let report = write_image(&support, previous.as_path(), &dirty, &over_previous).unwrap().report;
                 same(&over_start, &model.content);
                 same(&over_previous, &model.content);
                 prop_assert_eq!(report.tier, Tier::AnonymousPages);
                 prop_assert_eq!(report.bytes_dirty, dirty.bytes());
                 prop_assert!(report.bytes_written + report.bytes_unchanged <= report.bytes_dirty);
+                // Without reading the image before.
+                if let Some((file, sums)) = &last {
+                    let over_known = path("known");
+                    let base = Base::Last(file, sums);
+                    let known = write_image(&support, base, &dirty, &over_known).unwrap();
+                    same(&over_known, &model.content);
+                    prop_assert_eq!(known.report.bytes_unchanged, report.bytes_unchanged);
+                    prop_assert_eq!(known.report.bytes_written, report.bytes_written);
+                }
+                let mut sums = PageSums::default();
+                sums.complete(&dirty);
+                last = Some((File::open(&over_previous).unwrap(), sums));
                 // Nothing changes between two captures: nothing is written.
                 let again = capture(&model.source, dirty.into_buffer()).unwrap();
                 let third = path("again");
-                let report = write_image(&support, over_previous.as_path(), &again, &third).unwrap();
+                let report = write_image(&support, over_previous.as_path(), &again, &third).unwrap().report;
                 prop_assert_eq!(report.bytes_written, 0);
                 prop_assert_eq!(report.bytes_unchanged, again.bytes());
                 same(&third, &model.content);
                 // All of it, for when the base is gone.
                 let all = capture_all(&model.source, again.into_buffer()).unwrap();
                 let full = path("full");
-                let report = write_image(&support, Base::Zeros, &all, &full).unwrap();
+                let report = write_image(&support, Base::Zeros, &all, &full).unwrap().report;
                 prop_assert_eq!(report.tier, Tier::Full);
                 same(&full, &model.content);
                 buffer = all.into_buffer();
@@ -89,14 +102,14 @@ proptest! {
         let data = DataDir::new();
         let root = data.prepare();
         let start = root.path().join("start.img");
-        std::fs::File::create(&start).unwrap().set_len((PAGES * PAGE) as u64).unwrap();
+        File::create(&start).unwrap().set_len((PAGES * PAGE) as u64).unwrap();
         let mut model = Model::start(&start);
         for (page, write) in writes {
             model.apply(page, write);
         }
         let dirty = capture(&model.source, Buffer::new()).unwrap();
         let image = root.path().join("image.img");
-        let report = write_image(root.support(), Base::Zeros, &dirty, &image).unwrap();
+        let report = write_image(root.support(), Base::Zeros, &dirty, &image).unwrap().report;
         same(&image, &model.content);
         let used = model.content.chunks(PAGE).filter(|page| page.iter().any(|byte| *byte != 0)).count();
         prop_assert_eq!(report.bytes_written, (used * PAGE) as u64);
@@ -104,7 +117,7 @@ proptest! {
         let metadata = std::fs::metadata(&image).unwrap();
         prop_assert_eq!(metadata.len(), (PAGES * PAGE) as u64);
         // Freed speculative preallocation aside, holes take nothing.
-        std::fs::File::open(&image).unwrap().sync_all().unwrap();
+        File::open(&image).unwrap().sync_all().unwrap();
         prop_assert!(std::fs::metadata(&image).unwrap().blocks() * 512 <= metadata.len() + (64 << 10));
     }
 }
@@ -121,7 +134,9 @@ fn a_page_that_became_zero_is_a_hole_over_its_base() {
     }
     let dirty = capture(&model.source, Buffer::with_resident(PAGES * PAGE).unwrap()).unwrap();
     let image = root.path().join("image.img");
-    let report = write_image(root.support(), start.as_path(), &dirty, &image).unwrap();
+    let report = write_image(root.support(), start.as_path(), &dirty, &image)
+        .unwrap()
+        .report;
     assert_eq!(
         (report.bytes_written, report.bytes_zero),
         (0, (PAGES * PAGE) as u64)
@@ -139,14 +154,16 @@ fn a_base_works_after_its_deletion_and_one_of_another_size_is_refused() {
     base_image(&start);
     let mut model = Model::start(&start);
     model.apply(5, Write::Fill(77));
-    let held = std::fs::File::open(&start).unwrap();
+    let held = File::open(&start).unwrap();
     std::fs::remove_file(&start).unwrap();
     let dirty = capture(&model.source, Buffer::new()).unwrap();
     assert_eq!(dirty.runs().len(), 1);
     let image = root.path().join("image.img");
     let fd = std::os::fd::AsRawFd::as_raw_fd(&held);
     let base = format!("/proc/self/fd/{fd}");
-    let report = write_image(root.support(), Path::new(&base), &dirty, &image).unwrap();
+    let report = write_image(root.support(), Path::new(&base), &dirty, &image)
+        .unwrap()
+        .report;
     assert_eq!(report.bytes_written, PAGE as u64);
     same(&image, &model.content);
 

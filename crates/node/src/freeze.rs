@@ -15,14 +15,14 @@ use std::{
 
 use cubicle_cow::{
     DiskShape, Draft, Manifest, Snapshot,
-    memory::{Buffer, Dirty, MemoryReport, Source, in_use},
+    memory::{Buffer, Dirty, Source, in_use},
 };
 use cubicle_ids::SandboxId;
 use cubicle_vmm::{Disk, Vm};
 
 use crate::{
     error::{Error, Result},
-    memory::{Memory, source},
+    memory::{CapturedPages, Memory, source},
     node::{Inner, blocking},
     sandbox::contained,
 };
@@ -246,6 +246,14 @@ async fn hold(
     memory.0
 }
 
+/// A snapshot that was just made.
+pub(crate) struct Published {
+    pub(crate) snapshot: Snapshot,
+    pub(crate) timings: FreezeTimings,
+    /// What was captured of the memory, if that is in it.
+    pub(crate) pages: Option<CapturedPages>,
+}
+
 /// Writes what was captured of `memory` and makes it a snapshot. Fills in what the manifest says of
 /// disks and memory.
 pub(crate) async fn publish(
@@ -253,7 +261,7 @@ pub(crate) async fn publish(
     frozen: Frozen,
     memory: Option<&Memory>,
     mut manifest: Manifest,
-) -> Result<(Snapshot, FreezeTimings)> {
+) -> Result<Published> {
     let begun = Instant::now();
     let Frozen {
         draft,
@@ -261,26 +269,34 @@ pub(crate) async fn publish(
         disks,
         mut timings,
     } = frozen;
-    let written = memory.cloned().zip(captured);
+    let below = memory.map(Memory::base).zip(captured);
     node.failpoints.pass("publish/memory").await?;
-    let (draft, report) = blocking(move || {
-        let Some((memory, dirty)) = written else {
-            return Ok((draft, MemoryReport::default()));
+    let (draft, written) = blocking(move || {
+        let Some((below, dirty)) = below else {
+            return Ok((draft, None));
         };
-        let report = draft.write_memory(memory.base(), &dirty)?;
+        let written = draft.write_memory(below.as_base(), &dirty)?;
         // A VM's process opens it anew from a descriptor, as a user that owns nothing; nobody can
         // reach it by its path. Nobody writes it any more.
         let (image, mode) = (draft.memory_image(), Permissions::from_mode(0o444));
         std::fs::set_permissions(&image, mode).map_err(Error::io("protect", image))?;
-        Ok((draft, report))
+        Ok((draft, Some((dirty, written))))
     })
     .await?;
-    manifest.memory = report;
+    let pages = written.map(|(dirty, written)| {
+        manifest.memory = written.report;
+        let sums = written.sums;
+        CapturedPages { dirty, sums }
+    });
     manifest.disks = disks;
     node.failpoints.pass("publish/rename").await?;
     let snapshot = draft.publish(manifest).await?;
     timings.publish = begun.elapsed();
-    Ok((snapshot, timings))
+    Ok(Published {
+        snapshot,
+        timings,
+        pages,
+    })
 }
 
 /// Starts and awaits the write-back of a file's dirty pages, and no more: not its metadata, and no

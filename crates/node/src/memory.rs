@@ -6,7 +6,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use cubicle_cow::memory::{Base, Buffer, Dirty, Source, TierChoice, Tracker, started_from};
+use cubicle_cow::memory::{
+    Base, Buffer, Dirty, PageSums, Source, TierChoice, Tracker, started_from,
+};
 use cubicle_ids::SandboxId;
 use cubicle_vmm::{GuestMemory, Vm};
 
@@ -18,8 +20,58 @@ pub(crate) struct Memory {
     tracker: Arc<Mutex<Tracker>>,
     /// The image that the VM was started from or last captured as; held open, so that it may be
     /// deleted. `None`: it was booted, and what it has not written is zero.
-    image: Option<Arc<File>>,
+    image: Option<Arc<Image>>,
     restored: bool,
+}
+
+/// What captured pages are laid over.
+#[derive(Debug)]
+struct Image {
+    file: File,
+    /// Of the pages that it was captured with; none at first, and none for an image that the VM was
+    /// started from.
+    sums: Mutex<Arc<PageSums>>,
+}
+
+impl Image {
+    fn new(file: File) -> Arc<Self> {
+        Arc::new(Self {
+            file,
+            sums: Mutex::default(),
+        })
+    }
+
+    fn sums(&self) -> Arc<PageSums> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<PageSums>> {
+        // They are replaced as a whole.
+        self.sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What was captured, and what has been found out about it.
+#[derive(Debug)]
+pub(crate) struct CapturedPages {
+    pub(crate) dirty: Dirty,
+    pub(crate) sums: PageSums,
+}
+
+/// The base of one capture, see [`Memory::base`].
+#[derive(Debug)]
+pub(crate) struct Below {
+    image: Option<Arc<Image>>,
+    sums: Arc<PageSums>,
+}
+
+impl Below {
+    pub(crate) fn as_base(&self) -> Base<'_> {
+        match &self.image {
+            Some(image) => Base::Last(&image.file, &self.sums),
+            None => Base::Zeros,
+        }
+    }
 }
 
 impl Memory {
@@ -28,7 +80,7 @@ impl Memory {
         let image = File::open(image).map_err(Error::io("open the memory image", image))?;
         Ok(Self {
             tracker: Arc::new(Mutex::new(Tracker::new(choice)?)),
-            image: Some(Arc::new(image)),
+            image: Some(Image::new(image)),
             restored: true,
         })
     }
@@ -59,7 +111,7 @@ impl Memory {
         let is_image = image.metadata().is_ok_and(|metadata| metadata.is_file());
         Ok(Self {
             tracker: Arc::new(Mutex::new(Tracker::new(choice)?)),
-            image: is_image.then(|| Arc::new(image)),
+            image: is_image.then(|| Image::new(image)),
             restored: is_image,
         })
     }
@@ -82,15 +134,26 @@ impl Memory {
     }
 
     /// What captured pages are laid over.
-    pub(crate) fn base(&self) -> Base<'_> {
-        self.image.as_deref().map_or(Base::Zeros, Base::File)
+    pub(crate) fn base(&self) -> Below {
+        let sums = self.image.as_ref().map(|image| image.sums());
+        Below {
+            image: self.image.clone(),
+            sums: sums.unwrap_or_default(),
+        }
     }
 
-    /// The last capture has become this image.
-    pub(crate) fn captured_as(&mut self, image: &Path) -> Result<()> {
+    /// The last capture has become this image. What is known of it makes the next capture cheap;
+    /// the rest is found out in the background.
+    pub(crate) fn captured_as(&mut self, image: &Path, pages: CapturedPages) -> Result<()> {
         let opened = File::open(image).map_err(Error::io("open the memory image", image))?;
-        self.image = Some(Arc::new(opened));
+        let image = Image::new(opened);
+        self.image = Some(image.clone());
         self.tracker().imaged();
+        tokio::task::spawn_blocking(move || {
+            let CapturedPages { dirty, mut sums } = pages;
+            sums.complete(&dirty);
+            *image.lock() = Arc::new(sums);
+        });
         Ok(())
     }
 

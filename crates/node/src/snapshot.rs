@@ -10,6 +10,7 @@ use crate::{
     facts::{TakeSnapshot, Taken},
     freeze::{After, freeze, publish},
     guest::Guest,
+    memory::CapturedPages,
     node::Inner,
     sandbox::{Live, Running, Sandbox, contained},
 };
@@ -22,15 +23,15 @@ pub(crate) async fn snapshot(
     order: TakeSnapshot,
 ) -> Result<Taken> {
     node.failpoints.pass("snapshot/begin").await?;
-    let taken = take(node, sandbox, running, order, After::Resume).await?;
+    let (taken, pages) = take(node, sandbox, running, order, After::Resume).await?;
     tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "snapshot taken");
     // From here on only what differs from this snapshot is new.
-    if taken.manifest.has_memory()
+    if let Some(pages) = pages
         && let Ok(snapshot) = node.store.snapshot(&taken.manifest.id)
         && running
             .origin
             .memory
-            .captured_as(&snapshot.memory_image())
+            .captured_as(&snapshot.memory_image(), pages)
             .is_ok()
     {
         running.origin.manifest = taken.manifest.clone();
@@ -54,7 +55,7 @@ pub(crate) async fn pause(
     order: TakeSnapshot,
 ) -> Result<Taken> {
     node.failpoints.pass("pause/begin").await?;
-    let taken = take(node, sandbox, running, order, After::Stop).await?;
+    let (taken, _) = take(node, sandbox, running, order, After::Stop).await?;
     tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "paused");
     sandbox.stop();
     Ok(taken)
@@ -66,7 +67,7 @@ async fn take(
     running: &Running,
     order: TakeSnapshot,
     after: After,
-) -> Result<Taken> {
+) -> Result<(Taken, Option<CapturedPages>)> {
     let begun = Instant::now();
     let (id, live) = (sandbox.id(), &running.live);
     quiesce(id, live, &order).await?;
@@ -86,12 +87,13 @@ async fn take(
     {
         tracing::error!(sandbox = %id, %error, "a VM does not run on after a failed pause");
     }
-    let (snapshot, timings) = taken?;
-    Ok(Taken {
-        manifest: snapshot.manifest().clone(),
-        timings,
+    let published = taken?;
+    let taken = Taken {
+        manifest: published.snapshot.manifest().clone(),
+        timings: published.timings,
         total: begun.elapsed(),
-    })
+    };
+    Ok((taken, published.pages))
 }
 
 /// Has the guest write back what its file systems hold, if that is asked for. Never waits longer

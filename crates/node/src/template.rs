@@ -383,7 +383,8 @@ impl Builder {
         check_stop(&self.id, &self.stop)?;
 
         let manifest = self.manifest(image, booted.nonce);
-        let (snapshot, freeze) = publish(node, frozen, Some(&memory), manifest).await?;
+        let published = publish(node, frozen, Some(&memory), manifest).await?;
+        let (snapshot, freeze) = (published.snapshot, published.timings);
         self.progress.done(
             TemplateBuild::SNAPSHOT,
             format!("published as {}", snapshot.id()),

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::Source;
+use super::{PageSums, Source};
 use crate::error::{Context as _, Error, Result};
 
 /// What captured pages are laid over, to make a whole image.
@@ -19,6 +19,8 @@ pub enum Base<'a> {
     Path(&'a Path),
     /// An image that is open already, and may have been deleted since.
     File(&'a File),
+    /// The image of the last capture, open, and hashes of the pages that it was given then.
+    Last(&'a File, &'a PageSums),
 }
 
 impl<'a> From<Option<&'a Path>> for Base<'a> {
@@ -39,7 +41,15 @@ impl<'a> From<&'a File> for Base<'a> {
     }
 }
 
-impl Base<'_> {
+impl<'a> Base<'a> {
+    /// What is known of the image without reading it.
+    pub(super) fn sums(self) -> Option<&'a PageSums> {
+        match self {
+            Self::Last(_, sums) => Some(sums),
+            _ => None,
+        }
+    }
+
     /// The image, opened for the caller alone, and a name of it for messages.
     pub(super) fn open(self) -> Result<Option<(File, PathBuf)>> {
         match self {
@@ -48,7 +58,7 @@ impl Base<'_> {
                 let file = File::open(path).at("open the base image", path)?;
                 Ok(Some((file, path.to_owned())))
             }
-            Self::File(file) => {
+            Self::File(file) | Self::Last(file, _) => {
                 use std::os::fd::AsRawFd as _;
                 let link = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
                 // Opened anew and not duplicated: a duplicate would share the file position.

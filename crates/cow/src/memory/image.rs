@@ -12,16 +12,26 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Base, Dirty, MemoryReport, capture::micros};
+use super::{Base, Dirty, MemoryReport, PageSums, capture::micros};
 use crate::{
     error::{Context as _, Error, Result},
-    reflink::{DataExtents, Support, clone_into, copy_into, create_new},
+    reflink::{DataExtents, Support, allocate_sparingly, clone_into, copy_into, create_new},
 };
 
 /// Captured pages are compared and written in pieces of this many bytes.
 const WINDOW: usize = 1 << 20;
 /// What pages are compared with.
 static ZEROS: [u8; 4096] = [0; 4096];
+
+/// What was written.
+#[derive(Debug, Clone, Default)]
+pub struct Written {
+    /// What it took.
+    pub report: MemoryReport,
+    /// Hashes of pages that the new image was given, as far as they were needed. For the next
+    /// capture, [`PageSums::complete`] makes the others.
+    pub sums: PageSums,
+}
 
 /// Writes the captured pages as a new, whole image `to`: over holes, or over a duplicate of
 /// `base`, of which only what differs is written. Blocking.
@@ -38,14 +48,17 @@ pub fn write_image<'a>(
     base: impl Into<Base<'a>>,
     dirty: &Dirty,
     to: &Path,
-) -> Result<MemoryReport> {
+) -> Result<Written> {
     let started = Instant::now();
-    let base = base.into().open()?;
+    let base = base.into();
+    let nothing = PageSums::default();
+    let known = base.sums().unwrap_or(&nothing);
+    let base = base.open()?;
     let target = create_new(to)?;
-    fill(support, base.as_ref(), dirty, &target, to)
-        .map(|report| MemoryReport {
-            write_us: micros(started),
-            ..report
+    fill(support, base.as_ref(), known, dirty, &target, to)
+        .map(|mut written| {
+            written.report.write_us = micros(started);
+            written
         })
         .inspect_err(|_| {
             let _ = std::fs::remove_file(to);
@@ -55,10 +68,11 @@ pub fn write_image<'a>(
 fn fill(
     support: &Support,
     base: Option<&(File, PathBuf)>,
+    known: &PageSums,
     dirty: &Dirty,
     target: &File,
     to: &Path,
-) -> Result<MemoryReport> {
+) -> Result<Written> {
     match base {
         None if dirty.needs_last_image() => {
             return Err(Error::Shape {
@@ -82,7 +96,10 @@ fn fill(
                 });
             }
             match support {
-                Support::Reflink => clone_into(file, target, path)?,
+                Support::Reflink => {
+                    allocate_sparingly(target);
+                    clone_into(file, target, path)?;
+                }
                 Support::Copy { .. } => drop(copy_into(file, target, path, to)?),
             }
         }
@@ -90,6 +107,14 @@ fn fill(
     let mut writer = Writer {
         target,
         to,
+        old: base.map(|(file, path)| Old::new(file, path)),
+        // What was not captured now is what it was, if only what changed was captured.
+        sums: if dirty.needs_last_image() {
+            known.clone()
+        } else {
+            PageSums::default()
+        },
+        known,
         page: rustix::param::page_size(),
         report: MemoryReport {
             tier: dirty.tier,
@@ -101,15 +126,15 @@ fn fill(
             ..MemoryReport::default()
         },
     };
-    let mut old = base.map(|(file, path)| Old::new(file, path));
     for (run, content) in dirty.contents() {
         for (index, piece) in content.chunks(WINDOW).enumerate() {
-            let offset = run.offset + (index * WINDOW) as u64;
-            let old = old.as_mut().map(|old| old.read(offset, piece.len()));
-            writer.write(offset, piece, old.transpose()?)?;
+            writer.write(run.offset + (index * WINDOW) as u64, piece)?;
         }
     }
-    Ok(writer.report)
+    Ok(Written {
+        report: writer.report,
+        sums: writer.sums,
+    })
 }
 
 /// The base image, read forwards.
@@ -174,38 +199,78 @@ enum Fate {
 struct Writer<'a> {
     target: &'a File,
     to: &'a Path,
+    old: Option<Old<'a>>,
+    known: &'a PageSums,
+    sums: PageSums,
     page: usize,
     report: MemoryReport,
 }
 
 impl Writer<'_> {
-    fn write(&mut self, offset: u64, piece: &[u8], old: Option<&[u8]>) -> Result<()> {
+    /// Writes what differs of a piece of guest memory.
+    fn write(&mut self, offset: u64, piece: &[u8]) -> Result<()> {
+        let mut at = 0;
+        while at < piece.len() {
+            // As far as the image need not be read, or has to be.
+            let is_known = self.known.knows(offset + at as u64);
+            let end = (at..piece.len())
+                .step_by(self.page)
+                .find(|next| self.known.knows(offset + *next as u64) != is_known)
+                .unwrap_or(piece.len());
+            let (start, part) = (offset + at as u64, &piece[at..end]);
+            match self.old.take() {
+                Some(mut old) if !is_known => {
+                    let before = old.read(start, part.len())?;
+                    self.write_part(start, part, Some(before))?;
+                    self.old = Some(old);
+                }
+                old => {
+                    self.write_part(start, part, None)?;
+                    self.old = old;
+                }
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn write_part(&mut self, offset: u64, part: &[u8], old: Option<&[u8]>) -> Result<()> {
         let mut start = 0;
         let mut fate = Fate::Keep;
-        for at in (0..piece.len()).step_by(self.page) {
-            let end = (at + self.page).min(piece.len());
-            let next = self.judge(&piece[at..end], old.map(|old| &old[at..end]));
+        for at in (0..part.len()).step_by(self.page) {
+            let end = (at + self.page).min(part.len());
+            let next = self.judge(
+                offset + at as u64,
+                &part[at..end],
+                old.map(|old| &old[at..end]),
+            );
             if next != fate {
-                self.apply(fate, offset + start as u64, &piece[start..at])?;
+                self.apply(fate, offset + start as u64, &part[start..at])?;
                 (start, fate) = (at, next);
             }
         }
-        self.apply(fate, offset + start as u64, &piece[start..])
+        self.apply(fate, offset + start as u64, &part[start..])
     }
 
-    fn judge(&mut self, new: &[u8], old: Option<&[u8]>) -> Fate {
+    fn judge(&mut self, offset: u64, new: &[u8], old: Option<&[u8]>) -> Fate {
         let zero = is_zero(new);
         if zero {
             self.report.bytes_zero += new.len() as u64;
         }
-        match old {
-            Some(old) if old == new => {
-                self.report.bytes_unchanged += new.len() as u64;
-                Fate::Keep
-            }
-            Some(_) if zero => Fate::Punch,
-            None if zero => Fate::Keep,
-            _ => Fate::Write,
+        let is_known = self.known.knows(offset);
+        let is_same = match old {
+            Some(old) => old == new,
+            None => is_known && self.sums.note(self.known, offset, new),
+        };
+        if is_same {
+            self.report.bytes_unchanged += new.len() as u64;
+            return Fate::Keep;
+        }
+        match zero {
+            true if is_known || old.is_some() => Fate::Punch,
+            // There is no base: it is a hole already.
+            true => Fate::Keep,
+            false => Fate::Write,
         }
     }
 

@@ -23,6 +23,7 @@ mod capture;
 mod image;
 mod scan;
 mod soft_dirty;
+mod sums;
 mod tier;
 mod tracker;
 
@@ -30,9 +31,10 @@ pub use base::{Base, started_from};
 pub use buffer::Buffer;
 pub(crate) use buffer::Pool;
 pub use capture::{Dirty, capture, capture_all, in_use};
-pub use image::{is_zero, write_image};
+pub use image::{Written, is_zero, write_image};
 use serde::{Deserialize, Serialize};
 pub use soft_dirty::{Kernel, SoftDirtyBits, SoftDirtySupport, probe_soft_dirty};
+pub use sums::PageSums;
 pub use tier::{Tier, TierChoice, UnknownTier};
 pub use tracker::{Estimate, Tracker};
 
