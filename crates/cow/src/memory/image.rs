@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    ops::Range,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     time::Instant,
@@ -20,6 +21,9 @@ use crate::{
 
 /// Captured pages are compared and written in pieces of this many bytes.
 const WINDOW: usize = 1 << 20;
+/// Most bytes between two changed parts that are written along with them, rather than one write, and
+/// one more extent of the image, for each.
+const GAP: usize = 16 << 10;
 /// What pages are compared with.
 static ZEROS: [u8; 4096] = [0; 4096];
 
@@ -190,6 +194,8 @@ impl<'a> Old<'a> {
 enum Fate {
     /// The target holds this already.
     Keep,
+    /// It is zero, as it was.
+    StayHole,
     /// It has become zero where the base held data.
     Punch,
     /// It has to be written.
@@ -235,21 +241,35 @@ impl Writer<'_> {
     }
 
     fn write_part(&mut self, offset: u64, part: &[u8], old: Option<&[u8]>) -> Result<()> {
-        let mut start = 0;
-        let mut fate = Fate::Keep;
+        // What has to happen to which bytes, and did not yet.
+        let mut pending: Option<(Fate, Range<usize>)> = None;
         for at in (0..part.len()).step_by(self.page) {
-            let end = (at + self.page).min(part.len());
-            let next = self.judge(
-                offset + at as u64,
-                &part[at..end],
-                old.map(|old| &old[at..end]),
-            );
-            if next != fate {
-                self.apply(fate, offset + start as u64, &part[start..at])?;
-                (start, fate) = (at, next);
+            let page = at..(at + self.page).min(part.len());
+            let old = old.map(|old| &old[page.clone()]);
+            let fate = self.judge(offset + at as u64, &part[page.clone()], old);
+            match &mut pending {
+                Some((last, range)) if *last == fate && range.end == page.start => {
+                    range.end = page.end;
+                }
+                // What lies between two writes is written too, if that is less work.
+                Some((Fate::Write, range))
+                    if fate == Fate::Write && page.start - range.end <= GAP =>
+                {
+                    self.report.bytes_unchanged -= (page.start - range.end) as u64;
+                    range.end = page.end;
+                }
+                _ if fate == Fate::Keep => {}
+                _ => {
+                    if let Some((fate, range)) = pending.replace((fate, page)) {
+                        self.apply(fate, offset + range.start as u64, &part[range])?;
+                    }
+                }
             }
         }
-        self.apply(fate, offset + start as u64, &part[start..])
+        match pending {
+            Some((fate, range)) => self.apply(fate, offset + range.start as u64, &part[range]),
+            None => Ok(()),
+        }
     }
 
     fn judge(&mut self, offset: u64, new: &[u8], old: Option<&[u8]>) -> Fate {
@@ -264,18 +284,19 @@ impl Writer<'_> {
         };
         if is_same {
             self.report.bytes_unchanged += new.len() as u64;
-            return Fate::Keep;
         }
-        match zero {
-            true if is_known || old.is_some() => Fate::Punch,
-            // There is no base: it is a hole already.
-            true => Fate::Keep,
-            false => Fate::Write,
+        match (is_same, zero) {
+            (true, false) => Fate::Keep,
+            (true, true) => Fate::StayHole,
+            (false, true) if is_known || old.is_some() => Fate::Punch,
+            // There is no base, and it is a hole already.
+            (false, true) => Fate::StayHole,
+            (false, false) => Fate::Write,
         }
     }
 
     fn apply(&mut self, fate: Fate, offset: u64, content: &[u8]) -> Result<()> {
-        if content.is_empty() || fate == Fate::Keep {
+        if matches!(fate, Fate::Keep | Fate::StayHole) {
             return Ok(());
         }
         if fate == Fate::Punch {
