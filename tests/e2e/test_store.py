@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -110,13 +111,21 @@ def test_a_catalogue_that_makes_no_sense_stops_the_start(server, tmp_path):
         json.dumps({"version": 1, "templates": [{"name": "x", "from": {"recipe": "nope"}}]})
     )
     # A data directory of its own: this must not disturb the server that runs.
-    done = subprocess.run(
-        [str(BIN), "--data-dir", str(tmp_path / "data"), "up", "--listen", "127.0.0.1:0",
-         "--store", "ftp://store.example/c.json"],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "http:// or https://" in done.stderr, done.stderr
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(server.data_dir / "images")
+
+    def start(store):
+        command = [BIN, "--data-dir", data, "up", "--listen", "127.0.0.1:0", "--store", store]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode != 0
+        # Nothing is mounted there, and nobody is left who uses it.
+        assert str(data) not in Path("/proc/mounts").read_text()
+        return done.stderr
+
+    assert "http:// or https://" in start("ftp://store.example/c.json")
+    said = start(catalogue)
+    assert "catalogue.json" in said and "nope" in said, said
 
 
 @pytest.mark.skipif(

@@ -23,6 +23,9 @@ use crate::{
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.global.json;
+    if !matches!(cli.command, Command::Up(_)) {
+        end_with_the_reader();
+    }
     // Fails only if there is one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = match tokio::runtime::Builder::new_multi_thread()
@@ -45,6 +48,22 @@ fn main() -> ExitCode {
     // A read of standard input may still be waiting on a thread; it must not hold us up.
     runtime.shutdown_background();
     code
+}
+
+/// Makes a command end, without a word, when nobody reads its output any more, as in `cubicle ... |
+/// head`. The runtime ignores the signal that programs usually end by, because sockets may raise it,
+/// too; `println!` panics then.
+fn end_with_the_reader() {
+    /// What a shell says of a program that SIGPIPE ended.
+    const BROKEN_PIPE: i32 = 128 + 13;
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload_as_str().unwrap_or_default();
+        if message.starts_with("failed printing to std") && message.contains("Broken pipe") {
+            std::process::exit(BROKEN_PIPE);
+        }
+        report(panic);
+    }));
 }
 
 async fn run(cli: Cli) -> Result<ExitCode, Error> {

@@ -189,7 +189,7 @@ impl Registries {
             return Ok(false);
         }
         let unreachable = |error: &reqwest::Error| Error::Registry {
-            action: "speak".to_owned(),
+            action: "get an answer".to_owned(),
             registry: host.to_owned(),
             reason: reasons(error),
         };

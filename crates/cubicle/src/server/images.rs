@@ -1,9 +1,10 @@
 //! Where container images come from.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use clap::Args;
-use cubicle_oci::{Config, ImageMap, Images, Mirror};
+use cubicle_oci::{Config, ImageMap, Images, Mirror, Removed};
+use tokio::sync::watch;
 
 use crate::error::Error;
 
@@ -26,7 +27,17 @@ pub(crate) struct ImageOptions {
     /// be repeated
     #[arg(long, value_name = "HOST")]
     pub(crate) registry_insecure: Vec<String>,
+    /// How long layers and disks of images are kept that no build uses, in days; templates do not
+    /// need them
+    #[arg(long, value_name = "DAYS", default_value_t = 7)]
+    pub(crate) keep_images: u32,
 }
+
+/// How often what is kept too long is looked for.
+const EVERY: Duration = Duration::from_secs(60 * 60);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// A build that begins with an image has cloned its disk long before.
+const LEAST: Duration = Duration::from_secs(60 * 60);
 
 impl ImageOptions {
     /// Opens the images of this machine, below the image directory.
@@ -47,5 +58,32 @@ impl ImageOptions {
         let opened = Images::open(config);
         let opened = opened.map_err(|error| Error::setup("open the container images", error))?;
         Ok(Arc::new(opened))
+    }
+
+    /// How long what nobody uses is kept.
+    pub(super) fn kept_for(&self) -> Duration {
+        (DAY * self.keep_images).max(LEAST)
+    }
+}
+
+/// Removes what was not used for so long, now and from time to time, until the server closes.
+pub(super) async fn clean(
+    images: Arc<Images>,
+    unused: Duration,
+    mut closed: watch::Receiver<bool>,
+) {
+    loop {
+        match images.remove_unused(unused).await {
+            Ok(Removed {
+                blobs: 0, disks: 0, ..
+            }) => {}
+            Ok(removed) => tracing::info!(?removed, "images that nobody uses are gone"),
+            Err(error) => tracing::warn!(%error, "images that nobody uses are still there"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(EVERY) => {}
+            // An error means that the sender is gone, which is the end, too.
+            _ = closed.wait_for(|closing| *closing) => return,
+        }
     }
 }

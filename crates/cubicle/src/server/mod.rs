@@ -16,7 +16,7 @@ use std::{
 
 use axum::serve::ListenerExt as _;
 use cubicle_api::{ApiConfig, AppState, AuthMode};
-use cubicle_control::{Control, ControlConfig};
+use cubicle_control::{Control, ControlConfig, store::StoreConfig};
 use cubicle_cow::{
     Store,
     backing::{self, StoreKind},
@@ -187,6 +187,7 @@ impl Server {
                     .with_hint("run it as root: `sudo cubicle up`"),
             );
         }
+        let catalogue = store::config(options.store.as_deref())?;
         if options.no_auth && !options.listen.ip().is_loopback() {
             return Err(Error::Usage(format!(
                 "--no-auth is for loopback addresses only, and {} is none",
@@ -256,20 +257,23 @@ impl Server {
             "store",
             format!("{} on {}", dirs.data.display(), store_kind(&store)),
         );
-        let slots = open_slots(&dirs, options).await?;
-        let (node, control) = open_services(
+        let opened = open_services(
             &dirs,
             options,
             qemu,
             store.clone(),
-            slots,
             &images,
             &hypervisor,
+            catalogue,
             &done,
-        )
-        .await?;
-
-        let key = ensure_key(&control, options, &dirs).await?;
+        );
+        let (node, control, key) = match opened.await {
+            Ok(opened) => opened,
+            Err(error) => {
+                close_store(store).await;
+                return Err(error);
+            }
+        };
         let connection = Connection {
             url: format!("http://{}", reachable(address)),
             api_key: key,
@@ -299,6 +303,8 @@ impl Server {
             cubicle_proxy::intercept,
         ));
         let (closing, mut closed) = watch::channel(false);
+        let unused = options.images.kept_for();
+        tokio::spawn(images::clean(images.oci.clone(), unused, closed.clone()));
         let serving = tokio::spawn(async move {
             let stop = async move {
                 // An error means that the sender is gone, which is the end, too.
@@ -347,14 +353,7 @@ impl Server {
         // Connections that clients keep open must not hold the server up.
         self.serving.abort();
         drop(self.node);
-        let root = self.store.root().clone();
-        self.store.close().await;
-        // VMs that run on keep it mounted; the next start takes it back.
-        match tokio::task::spawn_blocking(move || root.close()).await {
-            Ok(Ok(closed)) => tracing::info!(?closed, "the store is closed"),
-            Ok(Err(error)) => tracing::warn!(%error, "the store stays mounted"),
-            Err(error) => tracing::warn!(%error, "the store stays mounted"),
-        }
+        close_store(self.store).await;
         stopped
     }
 }
@@ -401,6 +400,18 @@ async fn open_store(dirs: &Dirs, gib: u64) -> Result<Store, Error> {
     Ok(store)
 }
 
+/// Closes the store, and unmounts it unless VMs that run on keep it mounted; the next start takes it
+/// back.
+async fn close_store(store: Store) {
+    let root = store.root().clone();
+    store.close().await;
+    match tokio::task::spawn_blocking(move || root.close()).await {
+        Ok(Ok(closed)) => tracing::info!(?closed, "the store is closed"),
+        Ok(Err(error)) => tracing::warn!(%error, "the store stays mounted"),
+        Err(error) => tracing::warn!(%error, "the store stays mounted"),
+    }
+}
+
 fn store_kind(store: &Store) -> String {
     match store.info() {
         Ok(info) => match info.kind {
@@ -437,17 +448,50 @@ async fn open_slots(dirs: &Dirs, options: &Up) -> Result<SlotPool, Error> {
     Ok(slots)
 }
 
+/// Opens everything above the store. If that fails, all of it is closed again; sandboxes of an earlier
+/// server run on.
 #[expect(clippy::too_many_arguments, reason = "the parts of a server, met once")]
 async fn open_services(
     dirs: &Dirs,
     options: &Up,
     qemu: Qemu,
     store: Store,
-    slots: SlotPool,
     images: &Images,
     hypervisor: &str,
+    catalogue: StoreConfig,
     done: &(dyn Fn(&str, String) + Send + Sync),
-) -> Result<(Node, Control), Error> {
+) -> Result<(Node, Control, String), Error> {
+    let node = open_node(dirs, options, qemu, store, done).await?;
+    let control = async {
+        let control =
+            open_control(dirs, options, node.clone(), images, hypervisor, catalogue).await?;
+        match ensure_key(&control, options, dirs).await {
+            Ok(key) => Ok((control, key)),
+            Err(error) => {
+                control.close().await;
+                Err(error)
+            }
+        }
+    };
+    match control.await {
+        Ok((control, key)) => Ok((node, control, key)),
+        Err(error) => {
+            if let Err(error) = node.detach().await {
+                tracing::warn!(%error, "the node is not closed");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn open_node(
+    dirs: &Dirs,
+    options: &Up,
+    qemu: Qemu,
+    store: Store,
+    done: &(dyn Fn(&str, String) + Send + Sync),
+) -> Result<Node, Error> {
+    let slots = open_slots(dirs, options).await?;
     let mut config = NodeConfig::new(&dirs.data, &dirs.run)
         .map_err(|error| Error::setup("configure the node", error))?;
     config.limits.max_sandboxes = options.max_sandboxes as usize;
@@ -468,6 +512,17 @@ async fn open_services(
     for (id, why) in &adopted.lost {
         done("lost", format!("{id}: {why}"));
     }
+    Ok(node)
+}
+
+async fn open_control(
+    dirs: &Dirs,
+    options: &Up,
+    node: Node,
+    images: &Images,
+    hypervisor: &str,
+    catalogue: StoreConfig,
+) -> Result<Control, Error> {
     let facts = Facts {
         id: hostname(),
         address: match options.listen.ip() {
@@ -484,18 +539,21 @@ async fn open_services(
             .into_owned(),
     };
     let mut config = ControlConfig::new(dirs.data.join("cubicle.db"));
-    config.store = store::config(options.store.as_deref())?;
+    config.store = catalogue;
     config
         .volumes
         .host_allow
         .clone_from(&options.host_mount_allow);
-    let fleet = NodeFleet::new(node.clone(), images.clone(), facts, config.volumes.clone());
+    let fleet = NodeFleet::new(node, images.clone(), facts, config.volumes.clone());
     let (control, reconciled) = Control::open(config, fleet)
         .await
         .map_err(|error| Error::setup("open the control plane", error))?;
     tracing::info!(?reconciled, "intent and fact agree");
-    store::check(&control, options.store.as_deref()).await?;
-    Ok((node, control))
+    if let Err(error) = store::check(&control, options.store.as_deref()).await {
+        control.close().await;
+        return Err(error);
+    }
+    Ok(control)
 }
 
 /// The local client's key: made at the first start, and again if its copy was lost.

@@ -65,11 +65,11 @@ impl Launch<'_> {
         let environment = self.environment(&user, settings.environment(), &cwd);
         let search = environment.get("PATH").map_or(DEFAULT_PATH, String::as_str);
         let files = Files::open(self, &user)?;
-        let cmd = &self.config.cmd;
+        let cmd = shell_of(&self.config.cmd);
         let plan = Plan {
             candidates: candidates(cmd, search)?,
             argv: std::iter::once(cmd)
-                .chain(&self.config.args)
+                .chain(self.config.args.iter().map(String::as_str))
                 .map(|text| c_string("argument", text))
                 .collect::<Result<_, _>>()?,
             envp: environment
@@ -88,7 +88,7 @@ impl Launch<'_> {
             terminal: matches!(self.stdio, Stdio::Terminal(_)),
         };
         let child = spawn::spawn(&plan).map_err(|failure| Error::Spawn {
-            cmd: cmd.clone(),
+            cmd: cmd.to_owned(),
             step: failure.step,
             source: failure.source,
         })?;
@@ -236,6 +236,18 @@ fn terminal(size: Winsize, uid: u32) -> rustix::io::Result<(OwnedFd, OwnedFd)> {
     rustix::termios::tcsetwinsize(&theirs, size)?;
     rustix::fs::fchown(&theirs, Some(rustix::fs::Uid::from_raw(uid)), None)?;
     Ok((nonblocking(ours)?, theirs))
+}
+
+/// The program, or the shell that an image has which has no bash. E2B's clients run every command by
+/// `/bin/bash -l -c`, and ask for `/bin/bash -i -l` in a terminal; both mean a shell.
+fn shell_of(cmd: &str) -> &str {
+    const BASH: &str = "/bin/bash";
+    const SH: &str = "/bin/sh";
+    let is_there = |path| Path::new(path).exists();
+    if cmd == BASH && !is_there(BASH) && is_there(SH) {
+        return SH;
+    }
+    cmd
 }
 
 /// Where the program may be: at its path if it is one, else in each directory of `search`.

@@ -290,18 +290,12 @@ impl NodeFleet {
             Command::Shell(command) => {
                 order.program = "/bin/bash".to_owned();
                 order.args = ["-l", "-c", &command].map(str::to_owned).to_vec();
-                match self.node.run(id, &order, tell).await {
-                    Err(cubicle_node::Error::NoProgram { .. }) => {
-                        order.program = "/bin/sh".to_owned();
-                        order.args = ["-c", &command].map(str::to_owned).to_vec();
-                        self.node.run(id, &order, tell).await
-                    }
-                    ended => ended,
-                }
+                // The guest takes what shell there is.
+                self.node.run(id, &order, tell).await
             }
         };
         let ended = ended.map_err(|error| match error {
-            cubicle_node::Error::NoProgram { program, .. } if program == "/bin/sh" => {
+            cubicle_node::Error::NoProgram { program, .. } if program == "/bin/bash" => {
                 FleetError::Failed {
                     doing: doing.clone(),
                     why: "the image has no shell, neither /bin/bash nor /bin/sh".to_owned(),
