@@ -142,7 +142,7 @@ async fn a_kernel_that_does_not_stop_is_replaced() {
     let mut response = bench
         .send("POST", "/execute", json!({"context_id": id, "code": code}))
         .await;
-    until(&mut response, "on").await;
+    until(&mut response, r#""on\n""#).await;
     drop(response);
     let after = bench.run(&id, "1 + 1").await;
     assert_eq!(after.value(), "2");
