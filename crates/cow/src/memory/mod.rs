@@ -11,6 +11,8 @@
 //! - The anonymous pages are cumulative since the VM was started. They may be laid over the image
 //!   that the VM was started from, or over any image captured from the same VM since, and give the
 //!   same memory. (Nothing may therefore discard pages of a VM, as a balloon would.)
+//! - Captured pages are compared with hashes of the last image ([`PageSums`]), or with the image itself
+//!   where there are none. The hashes never outlive this process.
 //! - What the kernel's soft-dirty bits add is only *when*: the pages written since the last capture,
 //!   which may be laid over the image of that capture and no other. A [`Tracker`] knows whether
 //!   there is such an image.
