@@ -345,6 +345,9 @@ impl Front {
         let address = listener.local_addr().unwrap();
         let service = api.into_make_service_with_connect_info::<SocketAddr>();
         tokio::spawn(async move { axum::serve(listener, service).await });
+        // Nothing here is encrypted; but together with other crates the client is built with TLS, and
+        // then insists on this.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
