@@ -63,8 +63,13 @@ async fn an_upload_is_three_events_and_no_temporary_file() {
     let watcher = Watcher::create(&sandbox, json!({"path": "d"})).await;
     sandbox.upload("d/f", "content").await;
     assert_eq!(watcher.lines().await, ["CREATE f", "CHMOD f", "WRITE f"]);
+    // What is there is emptied first. The kernel makes one event of both, unless the first has been
+    // read by then.
     sandbox.upload("d/f", "other").await;
-    assert_eq!(watcher.lines().await, ["WRITE f"]);
+    let mut lines = watcher.lines().await;
+    lines.extend(watcher.lines().await);
+    assert!((1..=2).contains(&lines.len()), "{lines:?}");
+    assert!(lines.iter().all(|line| line == "WRITE f"), "{lines:?}");
     assert_eq!(watcher.lines().await, [""; 0]);
 }
 
