@@ -16,7 +16,7 @@ use common::{
 };
 use cubicle_cow::{
     Error,
-    memory::{Base, Buffer, PageSums, Tier, capture, capture_all, write_image},
+    memory::{Base, Buffer, MemoryReport, PageSums, Tier, capture, capture_all, write_image},
     reflink::Support,
 };
 use proptest::prelude::*;
@@ -70,8 +70,9 @@ proptest! {
                     let base = Base::Last(file, sums);
                     let known = write_image(&support, base, &dirty, &over_known).unwrap();
                     same(&over_known, &model.content);
-                    prop_assert_eq!(known.report.bytes_unchanged, report.bytes_unchanged);
-                    prop_assert_eq!(known.report.bytes_written, report.bytes_written);
+                    // Where pages between two others are written along with them may differ.
+                    let of = |report: &MemoryReport| report.bytes_unchanged + report.bytes_written;
+                    prop_assert_eq!(of(&known.report), of(&report));
                 }
                 let mut sums = PageSums::default();
                 sums.complete(&dirty);
