@@ -82,7 +82,7 @@ impl Default for SandboxConfig {
     fn default() -> Self {
         Self {
             sample_every: Duration::from_secs(5),
-            first_sample_after: Duration::from_millis(500),
+            first_sample_after: Duration::from_secs(2),
             keep_dead: Duration::from_secs(24 * 3600),
             auto_pause_patience: Duration::from_secs(300),
             quiesce: Duration::from_secs(2),

@@ -1,10 +1,20 @@
 //! The code interpreter on its port, in sandboxes whose image has kernels.
 //!
 //! An image may get its kernels at any time: a step of a template's build installs them, or a user
-//! does. So they are looked for whenever the sandbox starts a life and whenever somebody asks for
-//! the port in vain. A sandbox without kernels leaves the port to whoever wants it.
+//! does. So they are looked for whenever somebody asks for the port in vain, and in a new life if
+//! programs have run since the last look. A sandbox without kernels leaves the port to whoever wants
+//! it.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::Ipv4Addr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use axum::serve::ListenerExt as _;
 use cubicle_interpreter::{Interpreter, Search, Surroundings};
@@ -17,12 +27,18 @@ use crate::{access::State, units};
 /// Where kernels' files are while they run.
 const DIRECTORY: &str = "run/cubicle/kernels";
 
+/// How long a new life waits before it looks for kernels, so that a client's first command does not
+/// wait for that. Who asks for the port does not wait for this.
+const LOOK_AFTER: Duration = Duration::from_secs(2);
+
 /// Opens the interpreter's port when there is something to serve on it.
 #[derive(Clone)]
 pub struct Door {
     state: Arc<State>,
     /// The interpreter, once its port is open.
     open: Arc<Mutex<Option<Arc<Interpreter>>>>,
+    /// [`State::programs`] when kernels were looked for last.
+    looked: Arc<AtomicU64>,
 }
 
 impl Door {
@@ -32,6 +48,7 @@ impl Door {
         Self {
             state,
             open: Arc::default(),
+            looked: Arc::default(),
         }
     }
 
@@ -41,6 +58,7 @@ impl Door {
         if open.is_some() {
             return true;
         }
+        self.looked.store(self.state.programs(), Relaxed);
         let interpreter = self.interpreter();
         if !interpreter.has_kernels() {
             return false;
@@ -66,10 +84,12 @@ impl Door {
 
     /// Looks after the interpreter at the beginning of a life.
     pub(crate) async fn begin_life(&self) {
-        self.open().await;
         let interpreter = self.open.lock().await.clone();
         if let Some(interpreter) = interpreter {
             interpreter.refresh().await;
+        } else if self.looked.load(Relaxed) != self.state.programs() {
+            tokio::time::sleep(LOOK_AFTER).await;
+            self.open().await;
         }
     }
 

@@ -83,6 +83,9 @@ pub struct SparePolicy {
     pub max: usize,
     /// How long after the last create from a snapshot its last spare is kept.
     pub idle: Duration,
+    /// How long a sandbox that was paused keeps its VM, stopped, for a resume that comes soon; at most
+    /// [`max`](Self::max) do, each with the memory that it had written.
+    pub asleep: Duration,
 }
 
 impl SparePolicy {
@@ -90,6 +93,7 @@ impl SparePolicy {
     pub const NONE: Self = Self {
         max: 0,
         idle: Duration::ZERO,
+        asleep: Duration::ZERO,
     };
 
     /// Two for each of the host's CPUs: more are not made faster than they are claimed.
@@ -99,6 +103,7 @@ impl SparePolicy {
         Self {
             max: 2 * cpus,
             idle: Duration::from_secs(600),
+            asleep: Duration::from_secs(60),
         }
     }
 }

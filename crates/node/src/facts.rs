@@ -318,6 +318,8 @@ pub struct SpareCounts {
     pub ready: usize,
     /// Most that there may be.
     pub max: usize,
+    /// VMs of sandboxes that were paused a moment ago, for their resume; as many there may be besides.
+    pub asleep: usize,
 }
 
 /// How many network slots there are.

@@ -58,7 +58,7 @@ pub(crate) struct Restored {
 }
 
 /// Claims a spare of the snapshot if there is one, which becomes what `held` is; restores the
-/// snapshot otherwise.
+/// snapshot otherwise. A sandbox that was paused a moment ago gets its own VM back.
 pub(crate) async fn claim_or_restore(
     node: &Arc<Inner>,
     order: Restore<'_>,
@@ -66,14 +66,21 @@ pub(crate) async fn claim_or_restore(
     stop: &CancellationToken,
 ) -> Result<Restored> {
     let begun = Instant::now();
-    // A spare has the bounds and the beginnings that most have.
-    if order.limits.is_none()
-        && let Some(spare) = node.spares.claim(order.snapshot).await
-    {
+    let own = match order.serves {
+        Some((id, _)) => node.spares.wake(order.snapshot.id(), id).await,
+        None => None,
+    };
+    let spare = match own {
+        Some(own) => Some(own),
+        // A spare has the bounds and the beginnings that most have.
+        None if order.limits.is_none() => node.spares.claim(order.snapshot).await,
+        None => None,
+    };
+    if let Some(spare) = spare {
         let claim = begun.elapsed();
         // In place of what would have been taken under the order's own name.
         let unused = std::mem::replace(held, spare.held);
-        match adapt(node, &order, spare.restored, held, stop).await {
+        match adapt(node, &order, (&spare.live, spare.origin), held, stop).await {
             Ok(mut restored) => {
                 restored.timings.claim = claim;
                 return Ok(restored);
@@ -88,15 +95,14 @@ pub(crate) async fn claim_or_restore(
     restore(node, order, held, stop).await
 }
 
-/// Makes a spare what was ordered: opens its network and tells its guest who it is now.
+/// Makes a spare what was ordered: opens its network, lets it run and tells its guest who it is now.
 async fn adapt(
     node: &Inner,
     order: &Restore<'_>,
-    spare: Restored,
+    (live, origin): (&Live, Origin),
     held: &mut Holdings,
     stop: &CancellationToken,
 ) -> Result<Restored> {
-    let Restored { live, origin, .. } = spare;
     let (id, generation) = order
         .serves
         .unwrap_or((&held.key.sandbox, held.key.generation));
@@ -112,14 +118,21 @@ async fn adapt(
 
     // A life of its own, of which nothing was ever anybody else's.
     live.link.close();
+    let snapshot = order.snapshot.id();
     let nonce = live.identity.nonce.clone();
     let identity = Identity {
         init: order.identity.init.clone(),
-        restored: nonce.map(|nonce| (live.snapshot.clone(), nonce)),
+        restored: nonce.map(|nonce| (snapshot.clone(), nonce)),
     };
     node.failpoints.pass("create/channel").await?;
     let patience = node.config.deadlines.answer;
-    let opened = Link::open(live.vm.clone(), id, identity, patience);
+    let opened = async {
+        // One that was paused stands still, and finds the host's hello when it goes on.
+        let run = async { Ok(live.vm.resume().await?) };
+        let open = Link::open(live.vm.clone(), id, identity, patience);
+        let ((), opened) = tokio::try_join!(run, open)?;
+        Ok(opened)
+    };
     let (link, _answer, life) = unless_stopped(id, stop, opened).await?;
     timings.channel = life.channel;
     timings.init = life.init;
@@ -128,9 +141,9 @@ async fn adapt(
             generation,
             link,
             identity: order.identity.init.clone(),
-            snapshot: live.snapshot,
-            vm: live.vm,
-            disks: live.disks,
+            snapshot: snapshot.clone(),
+            vm: live.vm.clone(),
+            disks: live.disks.clone(),
         },
         origin,
         timings,

@@ -29,6 +29,7 @@ use crate::{
     node::Inner,
     rollback::rollback,
     snapshot::{pause, snapshot},
+    spares::{self, Spare},
 };
 
 /// What others see of a sandbox.
@@ -114,6 +115,8 @@ pub(crate) struct Running {
     /// Of its next VM. Not always one more: what is left of one that came to nothing may still be
     /// on its way out.
     pub(crate) next_generation: u64,
+    /// It was paused and stands still, as that snapshot.
+    pub(crate) paused_as: Option<SnapshotId>,
 }
 
 impl Running {
@@ -124,6 +127,7 @@ impl Running {
             origin,
             held,
             next_generation,
+            paused_as: None,
         }
     }
 }
@@ -340,10 +344,13 @@ async fn run(
     if exited {
         tracing::warn!(sandbox = %sandbox.id(), "the VM ended by itself");
     }
-    let Running { live, mut held, .. } = running;
-    remove(node, sandbox, Some(&live), &mut held).await;
+    let generation = running.live.generation;
+    match running.paused_as.take().filter(|_| !exited) {
+        Some(snapshot) => leave(node, sandbox, snapshot, running).await,
+        None => remove(node, sandbox, Some(&running.live), &mut running.held).await,
+    }
     if exited {
-        let (id, generation) = (sandbox.id.clone(), live.generation);
+        let id = sandbox.id.clone();
         node.events.send(NodeEvent::Exited { id, generation }).ok();
     }
 }
@@ -371,6 +378,19 @@ async fn serve(node: &Arc<Inner>, sandbox: &Arc<Sandbox>, running: &mut Running,
     }
 }
 
+/// Lets go of a sandbox that was paused. Its VM stays for a while, for whoever resumes it.
+async fn leave(node: &Arc<Inner>, sandbox: &Arc<Sandbox>, snapshot: SnapshotId, running: Running) {
+    let Running {
+        live, origin, held, ..
+    } = running;
+    live.link.close();
+    let spare = Spare { live, origin, held };
+    match spares::keep(node, sandbox.id(), &snapshot, spare).await {
+        Ok(()) => depart(node, sandbox),
+        Err(mut spare) => remove(node, sandbox, Some(&spare.live), &mut spare.held).await,
+    }
+}
+
 /// Takes a sandbox apart, however often it takes.
 async fn remove(
     node: &Inner,
@@ -388,6 +408,11 @@ async fn remove(
             .send_replace(Stage::Removing(error.to_string()));
     };
     held.release_for_sure(node, failed).await;
+    depart(node, sandbox);
+}
+
+/// A sandbox holds nothing any more.
+fn depart(node: &Inner, sandbox: &Arc<Sandbox>) {
     node.registry.remove(sandbox);
     sandbox.stage.send_replace(Stage::Gone);
 }

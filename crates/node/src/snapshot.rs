@@ -2,8 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use cubicle_cow::{Contents, Manifest};
-use cubicle_ids::SandboxId;
+use cubicle_cow::{Contents, Manifest, SnapshotKind};
 
 use crate::{
     error::{Error, Result},
@@ -25,29 +24,12 @@ pub(crate) async fn snapshot(
     node.failpoints.pass("snapshot/begin").await?;
     let (taken, pages) = take(node, sandbox, running, order, After::Resume).await?;
     tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "snapshot taken");
-    // From here on only what differs from this snapshot is new.
-    if let Some(pages) = pages
-        && let Ok(snapshot) = node.store.snapshot(&taken.manifest.id)
-        && running
-            .origin
-            .memory
-            .captured_as(&snapshot.memory_image(), pages)
-            .is_ok()
-    {
-        running.origin.manifest = taken.manifest.clone();
-        let recorded = node
-            .journal
-            .captured(&running.held.key, &taken.manifest)
-            .await;
-        if let Err(error) = recorded {
-            tracing::warn!(sandbox = %sandbox.id(), %error, "after a restart the next snapshot will have an older parent");
-        }
-    }
+    descend(node, sandbox, running, &taken, pages).await;
     Ok(taken)
 }
 
-/// Makes a snapshot, after which the sandbox is no more; its owner takes the VM apart. If it fails
-/// the sandbox runs on.
+/// Makes a snapshot, after which the sandbox is no more; its owner takes the VM apart or keeps it for
+/// a while. If it fails the sandbox runs on.
 pub(crate) async fn pause(
     node: &Arc<Inner>,
     sandbox: &Sandbox,
@@ -55,10 +37,43 @@ pub(crate) async fn pause(
     order: TakeSnapshot,
 ) -> Result<Taken> {
     node.failpoints.pass("pause/begin").await?;
-    let (taken, _) = take(node, sandbox, running, order, After::Stop).await?;
+    let (taken, pages) = take(node, sandbox, running, order, After::Stop).await?;
     tracing::info!(sandbox = %sandbox.id(), snapshot = %taken.manifest.id, timings = %taken.timings, "paused");
+    // Of one that is being killed nothing is to be kept.
+    let killed = sandbox.stopping().is_cancelled();
     sandbox.stop();
+    if descend(node, sandbox, running, &taken, pages).await && !killed {
+        running.paused_as = Some(taken.manifest.id.clone());
+    }
     Ok(taken)
+}
+
+/// From here on only what differs from this snapshot is new. False: the VM's next snapshot will be
+/// compared with an older one, or this one has no memory.
+async fn descend(
+    node: &Inner,
+    sandbox: &Sandbox,
+    running: &mut Running,
+    taken: &Taken,
+    pages: Option<CapturedPages>,
+) -> bool {
+    let Some(pages) = pages else { return false };
+    let Ok(snapshot) = node.store.snapshot(&taken.manifest.id) else {
+        return false;
+    };
+    let image = snapshot.memory_image();
+    if running.origin.memory.captured_as(&image, pages).is_err() {
+        return false;
+    }
+    running.origin.manifest = taken.manifest.clone();
+    let recorded = node
+        .journal
+        .captured(&running.held.key, &taken.manifest)
+        .await;
+    if let Err(error) = recorded {
+        tracing::warn!(sandbox = %sandbox.id(), %error, "after a restart the next snapshot will have an older parent");
+    }
+    true
 }
 
 async fn take(
@@ -70,7 +85,14 @@ async fn take(
 ) -> Result<(Taken, Option<CapturedPages>)> {
     let begun = Instant::now();
     let (id, live) = (sandbox.id(), &running.live);
-    quiesce(id, live, &order).await?;
+    let guest = Guest {
+        id,
+        link: &live.link,
+    };
+    if order.kind == SnapshotKind::Template {
+        guest.look_for_kernels().await;
+    }
+    quiesce(&guest, &order).await?;
     let draft = node
         .store
         .begin_snapshot(order.snapshot.clone(), order.kind)?;
@@ -98,14 +120,11 @@ async fn take(
 
 /// Has the guest write back what its file systems hold, if that is asked for. Never waits longer
 /// than the order says: a guest that does not answer is frozen as it is, unless it has to be well.
-async fn quiesce(id: &SandboxId, live: &Live, order: &TakeSnapshot) -> Result<()> {
+async fn quiesce(guest: &Guest<'_>, order: &TakeSnapshot) -> Result<()> {
     let Some(patience) = order.quiesce else {
         return Ok(());
     };
-    let guest = Guest {
-        id,
-        link: &live.link,
-    };
+    let id = guest.id;
     let synced = tokio::time::timeout(patience, guest.sync()).await;
     let why = match synced {
         Ok(Ok(())) => return Ok(()),

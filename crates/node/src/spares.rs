@@ -9,6 +9,9 @@
 //!
 //! A spare is owned by a task of its own until it is claimed. It reaches no network, and it is in
 //! the journal as an instance that serves nobody, so that it does not survive its node.
+//!
+//! A sandbox that was paused a moment ago leaves a spare, too: its VM, which stands still and is what
+//! the snapshot of the pause holds. See [`asleep`].
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -35,9 +38,14 @@ use crate::{
     journal::{self, Key},
     link::Identity,
     node::Inner,
-    restore::{Restore, Restored, restore},
-    sandbox::contained,
+    restore::{Restore, restore},
+    sandbox::{Live, Origin, contained},
 };
+
+mod asleep;
+
+use asleep::Asleep;
+pub(crate) use asleep::keep;
 
 /// How far back creates count as demand.
 const DEMAND_WINDOW: Duration = Duration::from_secs(10);
@@ -46,8 +54,10 @@ const DEMAND_WINDOW: Duration = Duration::from_secs(10);
 /// worth one from its first.
 const HOT: usize = 3;
 
-/// How often it is looked whether there are more spares than anybody needs.
+/// How often it is looked whether there are more spares than anybody needs; more often where the
+/// policy counts in less.
 const TRIM_INTERVAL: Duration = Duration::from_secs(5);
+const TRIM_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
 /// Pause after a spare that could not be made.
 const FAILURE_PAUSE: Duration = Duration::from_secs(5);
@@ -56,6 +66,7 @@ const FAILURE_PAUSE: Duration = Duration::from_secs(5);
 pub(crate) struct Spares {
     policy: SparePolicy,
     lines: Mutex<HashMap<SnapshotId, Line>>,
+    asleep: Asleep,
     /// Something is to be made, or to be looked at.
     work: Notify,
     /// Creates under way, which go first.
@@ -75,9 +86,10 @@ struct Line {
 /// A spare that waits. Who drops it sends the spare away.
 type Offer = oneshot::Sender<oneshot::Sender<Spare>>;
 
-/// A spare that was claimed.
+/// A VM that serves nobody, and all that goes with it.
 pub(crate) struct Spare {
-    pub(crate) restored: Restored,
+    pub(crate) live: Arc<Live>,
+    pub(crate) origin: Origin,
     pub(crate) held: Holdings,
 }
 
@@ -86,6 +98,7 @@ impl Spares {
         Self {
             policy,
             lines: Mutex::default(),
+            asleep: Asleep::new(policy),
             work: Notify::new(),
             creating: watch::Sender::new(0),
         }
@@ -127,10 +140,7 @@ impl Spares {
         self.work.notify_one();
         // One that ended while it waited is as good as none.
         while let Some(offer) = offers {
-            let (give, given) = oneshot::channel();
-            if offer.send(give).is_ok()
-                && let Ok(spare) = given.await
-            {
+            if let Some(spare) = take(offer).await {
                 return Some(spare);
             }
             offers = self.lock().get_mut(snapshot.id())?.ready.pop_front();
@@ -138,9 +148,15 @@ impl Spares {
         None
     }
 
+    /// The VM that a sandbox had when it was paused as that snapshot, if it is still there.
+    pub(crate) async fn wake(&self, snapshot: &SnapshotId, sandbox: &SandboxId) -> Option<Spare> {
+        take(self.asleep.claim(snapshot, sandbox)?).await
+    }
+
     /// Sends the spares of a snapshot away.
     pub(crate) fn forget(&self, snapshot: &SnapshotId) {
         self.lock().remove(snapshot);
+        self.asleep.forget(snapshot);
     }
 
     pub(crate) fn counts(&self) -> SpareCounts {
@@ -148,6 +164,7 @@ impl Spares {
         SpareCounts {
             ready: lines.values().map(|line| line.ready.len()).sum(),
             max: self.policy.max,
+            asleep: self.asleep.len(),
         }
     }
 
@@ -226,12 +243,16 @@ pub(crate) async fn keep_making(node: Arc<Inner>) {
     if spares.policy.max == 0 {
         return;
     }
-    let mut trim = tokio::time::interval(TRIM_INTERVAL);
+    let trimmed = TRIM_INTERVAL.min(spares.policy.asleep.max(TRIM_INTERVAL_MIN));
+    let mut trim = tokio::time::interval(trimmed);
     trim.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = spares.work.notified() => {}
-            _ = trim.tick() => spares.trim(),
+            _ = trim.tick() => {
+                spares.trim();
+                spares.asleep.trim(memory_is_short(&node));
+            }
             () = node.closing.cancelled() => break,
         }
         let mut creating = spares.creating.subscribe();
@@ -260,11 +281,19 @@ pub(crate) async fn keep_making(node: Arc<Inner>) {
     }
     // Sends all of them away.
     spares.lock().clear();
+    spares.asleep.close();
+}
+
+/// Whether the host has no memory for VMs that nobody uses.
+fn memory_is_short(node: &Inner) -> bool {
+    let least = 2 * node.registry.limits().memory_reserve_mib;
+    // A host that does not tell has none to spare.
+    meminfo_mib("MemAvailable:").map_or(true, |available| available < least)
 }
 
 /// Makes one spare and leaves it with its owner.
 async fn make(node: &Arc<Inner>, snapshot: &SnapshotId) -> Result<()> {
-    if meminfo_mib("MemAvailable:")? < 2 * node.registry.limits().memory_reserve_mib {
+    if memory_is_short(node) {
         tracing::debug!("memory is too short for a spare");
         return Ok(());
     }
@@ -314,18 +343,34 @@ async fn make(node: &Arc<Inner>, snapshot: &SnapshotId) -> Result<()> {
             return Err(error);
         }
     };
-    let (offer, claimed) = oneshot::channel();
-    let spare = Spare { restored, held };
-    node.tasks.spawn(own(node.clone(), spare, claimed));
+    let spare = Spare {
+        live: Arc::new(restored.live),
+        origin: restored.origin,
+        held,
+    };
+    let offer = offer(node, spare);
     if let Some(line) = node.spares.lock().get_mut(snapshot.id()) {
         line.ready.push_back(offer);
     }
     Ok(())
 }
 
-/// Owns a spare until it is claimed, sent away, or ends by itself.
+/// Leaves a spare with an owner of its own, until it is claimed, sent away, or ends by itself.
+fn offer(node: &Arc<Inner>, spare: Spare) -> Offer {
+    let (offer, claimed) = oneshot::channel();
+    node.tasks.spawn(own(node.clone(), spare, claimed));
+    offer
+}
+
+/// Takes a spare from its owner, unless it has ended.
+async fn take(offer: Offer) -> Option<Spare> {
+    let (give, given) = oneshot::channel();
+    offer.send(give).ok()?;
+    given.await.ok()
+}
+
 async fn own(node: Arc<Inner>, spare: Spare, claimed: oneshot::Receiver<oneshot::Sender<Spare>>) {
-    let vm = spare.restored.live.vm.clone();
+    let vm = spare.live.vm.clone();
     let taker = tokio::select! {
         taker = claimed => taker.ok(),
         () = vm.exited() => None,
@@ -338,6 +383,6 @@ async fn own(node: Arc<Inner>, spare: Spare, claimed: oneshot::Receiver<oneshot:
         },
         None => spare,
     };
-    left.restored.live.link.close();
+    left.live.link.close();
     left.held.release_for_sure(&node, |_| ()).await;
 }

@@ -351,6 +351,7 @@ impl Builder {
                     run => run?,
                 }
             }
+            guest.look_for_kernels().await;
             tokio::time::sleep(build.settle).await;
             Ok(())
         };

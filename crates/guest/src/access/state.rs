@@ -1,7 +1,10 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use super::{AccessToken, Accounts, Error, User};
@@ -54,6 +57,7 @@ impl Settings {
 pub struct State {
     root: PathBuf,
     settings: RwLock<Arc<Settings>>,
+    programs: AtomicU64,
     pub(crate) meter: Meter,
     pub(crate) shares: Shares,
 }
@@ -77,6 +81,7 @@ impl State {
         Self {
             root,
             settings: RwLock::new(Arc::new(settings)),
+            programs: AtomicU64::new(0),
             meter: Meter::default(),
             shares: Shares::default(),
         }
@@ -101,6 +106,17 @@ impl State {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         change(Arc::make_mut(&mut guard))
+    }
+
+    /// How many programs were started so far, in all lives. While it is the same, nothing was
+    /// installed.
+    pub(crate) fn programs(&self) -> u64 {
+        self.programs.load(Relaxed)
+    }
+
+    /// A program is about to be started.
+    pub(crate) fn count_program(&self) {
+        self.programs.fetch_add(1, Relaxed);
     }
 
     /// The sandbox's users and groups, read anew: programs may add users at any time.

@@ -58,6 +58,7 @@ impl Processes {
     /// Starts the program and everything that watches over it.
     async fn launch(&self, launch: &Launch<'_>, tag: Option<String>) -> Result<Started, Error> {
         let config = launch.config;
+        self.state.count_program();
         let launched = if self.state.shares.any() {
             // The program, or its directory, may be in a share. What waits for that waits for this
             // thread, which must not wait, too.

@@ -1,13 +1,16 @@
 //! VMs that were restored before anybody asked for them.
 
+use cubicle_cow::SnapshotKind;
+
 use super::*;
-use crate::{NodeConfig, SparePolicy};
+use crate::{NodeConfig, SparePolicy, TakeSnapshot};
 
 fn config(machine: &Machine) -> NodeConfig {
     NodeConfig {
         spares: SparePolicy {
             max: 2,
             idle: Duration::from_secs(60),
+            asleep: Duration::from_secs(60),
         },
         ..machine.config()
     }
@@ -53,10 +56,7 @@ async fn a_create_claims_a_spare_and_others_are_made() {
 
     // What was claimed is a sandbox like any other.
     let taken = node
-        .snapshot(
-            &id,
-            crate::TakeSnapshot::new(cubicle_cow::SnapshotKind::User),
-        )
+        .snapshot(&id, TakeSnapshot::new(SnapshotKind::User))
         .await
         .unwrap();
     assert_eq!(taken.manifest.parent.as_ref(), Some(&snapshot));
@@ -137,5 +137,131 @@ async fn a_spare_that_is_no_good_costs_a_create_nothing_but_time() {
     for id in ids {
         node.kill(&id).await.unwrap();
     }
+    end(node, &machine).await;
+}
+
+/// Makes a sandbox and pauses it; returns what resumes it.
+async fn paused(node: &Node, snapshot: &SnapshotId) -> CreateSandbox {
+    let order = CreateSandbox::new(snapshot.clone());
+    let created = node.create(order.clone()).await.unwrap();
+    pause(node, &order.id, created.generation).await
+}
+
+async fn pause(node: &Node, id: &SandboxId, generation: u64) -> CreateSandbox {
+    let order = TakeSnapshot::new(SnapshotKind::Pause);
+    let taken = node.pause(id, order).await.unwrap();
+    CreateSandbox {
+        id: id.clone(),
+        last_generation: generation,
+        ..CreateSandbox::new(taken.manifest.id.clone())
+    }
+}
+
+/// The VM is with its next owner a moment after its pause was answered.
+async fn sleepers(node: &Node, count: usize) {
+    until("the paused VMs are kept", || {
+        node.capacity().spares.asleep == count
+    })
+    .await;
+}
+
+async fn open_for_sleepers(machine: &Machine, asleep: Duration) -> (Node, SnapshotId) {
+    let mut config = config(machine);
+    config.spares.asleep = asleep;
+    let (node, _) = machine.open_with(config).await;
+    let template = template(&node, machine).await;
+    (node, template)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resume_soon_after_its_pause_gets_the_same_vm_back() {
+    let machine = Machine::new();
+    let (node, template) = open_for_sleepers(&machine, Duration::from_secs(60)).await;
+    let mut resume = paused(&node, &template).await;
+    let id = resume.id.clone();
+    for generation in 2..5 {
+        sleepers(&node, 1).await;
+        assert_eq!(node.sandboxes(), [], "it is paused for everyone");
+        assert_eq!(node.generation(&id), None);
+        let pause_snapshot = resume.snapshot.clone();
+        let made = node.create(resume).await.unwrap();
+        assert!(made.timings.launch.is_zero() && !made.timings.claim.is_zero());
+        assert_eq!(made.generation, generation);
+        sleepers(&node, 0).await;
+        assert_eq!(get(&node, &id, "/health").await.unwrap(), 204);
+        let told = machine.hypervisor.told(&id);
+        assert_eq!(told.generation, Some(generation));
+        assert!(told.entropy.is_some() && told.timestamp.is_some());
+        // It is made from the pause now, whether or not that is still there.
+        assert_eq!(node.sandbox(&id).unwrap().snapshot, pause_snapshot);
+        node.delete_snapshot(&pause_snapshot).await.unwrap();
+        let taken = node.snapshot(&id, TakeSnapshot::new(SnapshotKind::User));
+        let parent = taken.await.unwrap().manifest.parent.clone();
+        assert_eq!(parent, Some(pause_snapshot));
+        resume = pause(&node, &id, generation).await;
+    }
+    // Nobody else gets it.
+    let other = CreateSandbox::new(resume.snapshot.clone());
+    let made = node.create(other.clone()).await.unwrap();
+    assert!(!made.timings.launch.is_zero());
+    node.kill(&other.id).await.unwrap();
+    // Who deletes the snapshot wants the sandbox gone.
+    sleepers(&node, 1).await;
+    node.delete_snapshot(&resume.snapshot).await.unwrap();
+    sleepers(&node, 0).await;
+    node.delete_snapshot(&template).await.unwrap();
+    until("all VMs are gone", || machine.remains().is_empty()).await;
+    assert_clean(&node, &machine).await;
+    end(node, &machine).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_vm_goes_when_its_time_is_up_when_others_come_and_when_it_ends() {
+    let machine = Machine::new();
+    let (node, template) = open_for_sleepers(&machine, Duration::from_millis(300)).await;
+    let resume = paused(&node, &template).await;
+    sleepers(&node, 1).await;
+    sleepers(&node, 0).await;
+    let made = node.create(resume).await.unwrap();
+    assert!(!made.timings.launch.is_zero(), "restored from its snapshot");
+    end(node, &machine).await;
+
+    let machine = Machine::new();
+    let (node, template) = open_for_sleepers(&machine, Duration::from_secs(60)).await;
+    let mut resumes = Vec::new();
+    for kept in [1, 2, 2] {
+        resumes.push(paused(&node, &template).await);
+        // As many as there may be spares.
+        sleepers(&node, kept).await;
+    }
+    // The VM of another one ends while it sleeps.
+    machine.hypervisor.power_off_all_but(&resumes[2].id);
+    for (resume, restored) in resumes.into_iter().zip([true, true, false]) {
+        let made = node.create(resume).await.unwrap();
+        assert_eq!(!made.timings.launch.is_zero(), restored);
+    }
+    end(node, &machine).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_vm_ends_with_its_node_or_at_once_where_there_are_no_spares() {
+    let machine = Machine::new();
+    let (node, template) = open_for_sleepers(&machine, Duration::from_secs(60)).await;
+    let resume = paused(&node, &template).await;
+    sleepers(&node, 1).await;
+    node.detach().await.unwrap();
+    node.store().clone().close().await;
+    drop(node);
+    assert_eq!(machine.hypervisor.alive(), 0);
+
+    let (node, report) = machine.open().await;
+    assert!(report.adopted.is_empty() && report.lost.is_empty());
+    let made = node.create(resume).await.unwrap();
+    assert_eq!(made.generation, 2);
+    let (id, generation) = (node.sandboxes()[0].id.clone(), made.generation);
+    let resume = pause(&node, &id, generation).await;
+    until("no VM is kept", || machine.remains().is_empty()).await;
+    node.delete_snapshot(&resume.snapshot).await.unwrap();
+    assert_clean(&node, &machine).await;
     end(node, &machine).await;
 }
