@@ -36,7 +36,10 @@ pub trait Fleet: Send + Sync + 'static {
     async fn sandboxes(&self) -> Result<Vec<Fact>, FleetError>;
     /// The life a sandbox is in, or `None` if there is no VM of it.
     fn generation(&self, id: &SandboxId) -> Option<u64>;
-    /// What a sandbox uses right now.
+    /// CPU time that a sandbox's VM has used since it was started, or `None` if there is none. Costs
+    /// next to nothing, unlike [`usage`](Self::usage), and does not wake the guest.
+    fn cpu_time(&self, id: &SandboxId) -> Option<Duration>;
+    /// What a sandbox uses right now, as its guest sees it.
     async fn usage(&self, id: &SandboxId) -> Result<Usage, FleetError>;
     /// What a sandbox takes of its host right now.
     async fn host_usage(&self, id: &SandboxId) -> Result<HostUsage, FleetError>;

@@ -64,8 +64,6 @@ use crate::{
 pub struct SandboxConfig {
     /// Time between two samples of what a sandbox uses.
     pub sample_every: Duration,
-    /// Time from its creation to the first one.
-    pub first_sample_after: Duration,
     /// How long the row and the log of a dead sandbox are kept, and its idempotency key honoured.
     pub keep_dead: Duration,
     /// How long a sandbox whose time is up may run on while it cannot be paused.
@@ -82,7 +80,6 @@ impl Default for SandboxConfig {
     fn default() -> Self {
         Self {
             sample_every: Duration::from_secs(5),
-            first_sample_after: Duration::from_secs(2),
             keep_dead: Duration::from_secs(24 * 3600),
             auto_pause_patience: Duration::from_secs(300),
             quiesce: Duration::from_secs(2),
@@ -215,26 +212,31 @@ impl Sandboxes {
     }
 
     /// What a sandbox used, sampled every few seconds, oldest first, both ends included. Half an
-    /// hour is kept.
-    pub fn metrics(
+    /// hour is kept. One that has done nothing yet is sampled now.
+    pub async fn metrics(
         &self,
         id: &SandboxId,
         start: Option<OffsetDateTime>,
         end: Option<OffsetDateTime>,
     ) -> Result<Vec<Sample>> {
-        Ok(self.inner.visible(id)?.samples(start, end))
+        let entry = self.inner.visible(id)?;
+        sampler::at_least_one(&self.inner, [&entry]).await;
+        Ok(entry.samples(start, end))
     }
 
-    /// The latest sample of each of these sandboxes, or of all; those without one are left out.
-    #[must_use]
-    pub fn latest_metrics(&self, ids: Option<&[SandboxId]>) -> BTreeMap<SandboxId, Sample> {
+    /// The latest sample of each of these sandboxes, which are sampled now if they have none, or of
+    /// all that have one.
+    pub async fn latest_metrics(&self, ids: Option<&[SandboxId]>) -> BTreeMap<SandboxId, Sample> {
         let entries = match ids {
             Some(ids) => ids
                 .iter()
                 .filter_map(|id| self.inner.visible(id).ok())
-                .collect(),
+                .collect::<Vec<_>>(),
             None => self.inner.registry.entries(),
         };
+        if ids.is_some() {
+            sampler::at_least_one(&self.inner, &entries).await;
+        }
         entries
             .into_iter()
             .filter_map(|entry| {

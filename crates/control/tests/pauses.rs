@@ -125,7 +125,7 @@ async fn paused_sandboxes_are_listed_as_such() {
     assert_eq!(sandboxes.counts()["paused"], 5);
     // What is asleep is not disturbed by requests for samples of it.
     assert!(
-        sandboxes.metrics(&asleep[0], None, None).is_ok(),
+        sandboxes.metrics(&asleep[0], None, None).await.is_ok(),
         "it exists"
     );
 }

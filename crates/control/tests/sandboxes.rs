@@ -101,7 +101,7 @@ async fn a_sandbox_is_created_found_given_time_and_killed() {
                 .await
                 .is_err_and(|e| gone(&e))
         );
-        assert!(sandboxes.metrics(id, None, None).is_err_and(|e| gone(&e)));
+        assert!(sandboxes.metrics(id, None, None).await.is_err_and(|e| gone(&e)));
         let message = sandboxes.get(id).expect_err("gone").to_string();
         assert!(!message.to_lowercase().contains("template"), "{message}");
     }
@@ -417,30 +417,40 @@ async fn what_nobody_wants_is_killed_however_often_that_takes() {
 }
 
 #[tokio::test]
-async fn samples_come_soon_and_go_on() {
+async fn a_sandbox_is_sampled_while_it_works_and_when_somebody_asks() {
     let plane = Plane::new().await;
     let sandboxes = &plane.control.sandboxes;
-    let sandbox = sandboxes
-        .create(request("base"))
-        .await
-        .expect("create")
-        .sandbox;
-    let samples = || sandboxes.metrics(&sandbox.id, None, None).expect("metrics");
-    eventually("several samples", || samples().len() > 2).await;
-    assert!(samples().windows(2).all(|w| w[0].at <= w[1].at));
-    let before = sandbox.started_at - Duration::from_secs(1);
-    assert!(
+    let made = sandboxes.create(request("base")).await.expect("create");
+    let sandbox = made.sandbox;
+    let all = async || {
         sandboxes
-            .metrics(&sandbox.id, None, Some(before))
+            .metrics(&sandbox.id, None, None)
+            .await
             .expect("metrics")
-            .is_empty()
-    );
-    assert_eq!(sandboxes.latest_metrics(None).len(), 1);
-    assert!(
-        sandboxes
-            .latest_metrics(Some(&[SandboxId::generate()]))
-            .is_empty()
-    );
+    };
+    // One that rests is left alone.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(sandboxes.latest_metrics(None).await.is_empty());
+    let first = all().await;
+    assert_eq!((first.len(), first[0].usage.cpu_used_pct), (1, 12.5));
+    while all().await.len() < 3 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let rested = all().await;
+    assert_eq!(rested[2].usage.cpu_used_pct, 0.0);
+    assert_eq!(rested[2].usage.mem_used, first[0].usage.mem_used);
+
+    plane.fleet.work(Duration::from_millis(20));
+    while all().await.last().expect("a sample").usage.cpu_used_pct == 0.0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(all().await.windows(2).all(|w| w[0].at <= w[1].at));
+    let before = sandbox.started_at - Duration::from_secs(1);
+    let none = sandboxes.metrics(&sandbox.id, None, Some(before)).await;
+    assert!(none.expect("metrics").is_empty());
+    assert_eq!(sandboxes.latest_metrics(None).await.len(), 1);
+    let unknown = SandboxId::generate();
+    assert!(sandboxes.latest_metrics(Some(&[unknown])).await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,6 +4,7 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use cubicle_cow::Store;
@@ -273,7 +274,7 @@ impl Node {
     ///
     /// # Errors
     /// As [`build_template`](Self::build_template); nothing is left.
-    pub async fn measure_boot(&self, build: TemplateBuild) -> Result<std::time::Duration> {
+    pub async fn measure_boot(&self, build: TemplateBuild) -> Result<Duration> {
         template::measure_boot(&self.inner, build).await
     }
 
@@ -284,6 +285,13 @@ impl Node {
     pub async fn metrics(&self, id: &SandboxId) -> Result<SandboxMetrics> {
         let live = self.inner.registry.get(id)?.live()?;
         metrics::measure(id, &live).await
+    }
+
+    /// CPU time that a running sandbox's VM has used since it was started. Costs next to nothing.
+    #[must_use]
+    pub fn cpu_time(&self, id: &SandboxId) -> Option<Duration> {
+        let live = self.inner.registry.get(id).ok()?.live().ok()?;
+        live.vm.cpu_time_us().ok().map(Duration::from_micros)
     }
 
     /// What a sandbox's VM uses of the host, without asking the guest.

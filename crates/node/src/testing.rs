@@ -282,6 +282,10 @@ impl Vm for TestVm {
         })
     }
 
+    fn cpu_time_us(&self) -> cubicle_vmm::Result<u64> {
+        Ok(1)
+    }
+
     async fn usage(&self) -> cubicle_vmm::Result<VmUsage> {
         Ok(VmUsage {
             cpu_time_us: 1,

@@ -120,7 +120,13 @@ pub trait Vm: Send + Sync {
     /// When the VM has ended.
     fn memory(&self) -> Result<GuestMemory>;
 
-    /// What the VM's process uses of the host now.
+    /// CPU time that the VM's process has used since its start, in microseconds. Costs a system call.
+    ///
+    /// # Errors
+    /// When the VM has ended.
+    fn cpu_time_us(&self) -> Result<u64>;
+
+    /// What the VM's process uses of the host now. Takes the kernel some milliseconds to count.
     ///
     /// # Errors
     /// When the VM has ended.

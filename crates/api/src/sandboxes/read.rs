@@ -184,7 +184,8 @@ pub(crate) async fn metrics(
     {
         return Err(ApiError::field("end", "is before start"));
     }
-    let samples = state.control.sandboxes.metrics(&id, start, end)?;
+    let samples = state.control.sandboxes.metrics(&id, start, end);
+    let samples = samples.await?;
     Ok(Json(samples.iter().map(SandboxMetric::from).collect()))
 }
 
@@ -207,7 +208,7 @@ pub(crate) async fn latest_metrics(
         .map(sandbox_id)
         .collect::<ApiResult<_>>()?;
     let ids = (!ids.is_empty()).then_some(ids.as_slice());
-    let samples = state.control.sandboxes.latest_metrics(ids);
+    let samples = state.control.sandboxes.latest_metrics(ids).await;
     let sandboxes = samples
         .iter()
         .map(|(id, sample)| (id.to_string(), sample.into()))

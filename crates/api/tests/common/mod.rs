@@ -76,7 +76,6 @@ impl Server {
         let mut control_config = ControlConfig {
             sandboxes: SandboxConfig {
                 sample_every: Duration::from_millis(50),
-                first_sample_after: Duration::from_millis(5),
                 ..SandboxConfig::default()
             },
             ..ControlConfig::new(dir.path().join("cubicle.db"))

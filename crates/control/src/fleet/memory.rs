@@ -103,6 +103,8 @@ struct MemoryState {
     takes: HashMap<Step, Duration>,
     failures: HashMap<Step, Vec<FleetError>>,
     reached: HashMap<Step, u64>,
+    work: Duration,
+    worked: Duration,
     fail_kills: u32,
     fail_builds: Option<String>,
     room_for: Option<usize>,
@@ -176,6 +178,11 @@ impl MemoryFleet {
     /// The next create fails like this. Several calls queue up, the last one first.
     pub fn fail_next_create(&self, error: FleetError) {
         self.fail_at(Step::Create, error);
+    }
+
+    /// From now on each sandbox uses so much CPU time at every look.
+    pub fn work(&self, per_look: Duration) {
+        self.lock().work = per_look;
     }
 
     /// The next `times` kills fail.

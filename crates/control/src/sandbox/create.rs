@@ -192,7 +192,7 @@ impl Inner {
 
         let sandbox = self.came_alive(&entry, created.generation).await?;
         clock.lap("publish");
-        sampler::sample_soon(self, entry);
+        sampler::begin(self, &entry);
         Ok(Creation {
             sandbox,
             phases: clock.phases,

@@ -9,6 +9,7 @@ use cubicle_ids::SandboxId;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
+use super::sampler::Meter;
 use crate::{
     lifecycle::{Event, State, next},
     sandbox::{
@@ -31,6 +32,8 @@ pub(crate) struct Registry {
 pub(crate) struct Entry {
     current: Mutex<Arc<Sandbox>>,
     samples: Mutex<VecDeque<Sample>>,
+    /// Whether it has done anything since it was sampled last.
+    pub(crate) meter: Meter,
     /// Held while its row is written, so that the last writer writes the latest.
     pub(crate) row: tokio::sync::Mutex<()>,
     /// What is being done with its VM.
@@ -52,6 +55,7 @@ impl Entry {
         Self {
             current: Mutex::new(Arc::new(sandbox)),
             samples: Mutex::default(),
+            meter: Meter::default(),
             row: tokio::sync::Mutex::default(),
             slot: Slot::default(),
             end_reason: Mutex::default(),

@@ -307,7 +307,7 @@ impl Inner {
         }
         self.log
             .line(&before.id, Level::Info, "sandbox resumed", []);
-        sampler::sample_soon(self, Arc::clone(entry));
+        sampler::begin(self, entry);
         Ok(Connected {
             sandbox: moved.sandbox,
             resumed: true,

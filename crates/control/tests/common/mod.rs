@@ -43,7 +43,6 @@ impl Plane {
         let mut config = ControlConfig {
             sandboxes: SandboxConfig {
                 sample_every: Duration::from_millis(50),
-                first_sample_after: Duration::from_millis(5),
                 // Long: a busy machine is slow, and no test but one wants to see a kill give up.
                 kill_patience: Duration::from_secs(30),
                 ..SandboxConfig::default()

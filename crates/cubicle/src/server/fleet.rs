@@ -370,6 +370,10 @@ impl Fleet for NodeFleet {
         self.node.generation(id)
     }
 
+    fn cpu_time(&self, id: &SandboxId) -> Option<Duration> {
+        self.node.cpu_time(id)
+    }
+
     async fn usage(&self, id: &SandboxId) -> Result<Usage, FleetError> {
         let metrics = self.node.metrics(id).await.map_err(|error| match error {
             error if error.is_not_found() => FleetError::NoSandbox { id: id.clone() },

@@ -172,6 +172,12 @@ impl Vm for FakeVm {
         })
     }
 
+    fn cpu_time_us(&self) -> Result<u64> {
+        self.check(Step::Usage)?;
+        process::cpu_time_us(self.record.pid)
+            .map_err(Error::host("read what this process uses", &self.record.id))
+    }
+
     async fn usage(&self) -> Result<VmUsage> {
         self.check(Step::Usage)?;
         // It lives in this process, so it uses what this process uses.

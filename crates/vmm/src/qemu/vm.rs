@@ -272,6 +272,15 @@ impl Vm for QemuVm {
         Ok(self.memory.get_or_init(|| memory).clone())
     }
 
+    fn cpu_time_us(&self) -> Result<u64> {
+        let used = process::cpu_time_us(self.record.pid);
+        // Read first, checked after: the pid was the VM's own if the VM runs even now.
+        if self.process.exit().is_some() {
+            return Err(self.gone());
+        }
+        used.map_err(Error::host("read what its process uses", &self.record.id))
+    }
+
     async fn usage(&self) -> Result<VmUsage> {
         let pid = self.record.pid;
         let usage = blocking(move || {

@@ -119,6 +119,14 @@ impl Fleet for MemoryFleet {
         Some(self.lock().sandboxes.get(id)?.generation)
     }
 
+    fn cpu_time(&self, id: &SandboxId) -> Option<Duration> {
+        self.generation(id)?;
+        let mut state = self.lock();
+        let work = state.work;
+        state.worked += work;
+        Some(state.worked)
+    }
+
     async fn usage(&self, id: &SandboxId) -> Result<Usage, FleetError> {
         if self.generation(id).is_none() {
             return Err(FleetError::NoSandbox { id: id.clone() });
