@@ -61,6 +61,12 @@ struct Node {
     node: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Spares {
+    node: String,
+    kind: &'static str,
+}
+
 /// Makes histograms of durations.
 #[derive(Debug, Clone)]
 struct Durations;
@@ -88,6 +94,8 @@ pub(crate) struct Metrics {
     slots: Family<Node, Gauge>,
     slots_used: Family<Node, Gauge>,
     slots_ready: Family<Node, Gauge>,
+    spares: Family<Spares, Gauge>,
+    spares_memory: Family<Node, Gauge>,
     cpus_used: Family<Node, Fraction>,
     memory_used: Family<Node, Gauge>,
 }
@@ -109,6 +117,8 @@ impl Metrics {
             slots: Family::default(),
             slots_used: Family::default(),
             slots_ready: Family::default(),
+            spares: Family::default(),
+            spares_memory: Family::default(),
             cpus_used: Family::default(),
             memory_used: Family::default(),
         };
@@ -153,6 +163,17 @@ impl Metrics {
             "node_slots_ready",
             "Network slots that wait ready-made",
             m.slots_ready.clone(),
+        );
+        registry.register(
+            "node_spares",
+            "VMs that wait for sandboxes: restored ahead, or of sandboxes that were just paused",
+            m.spares.clone(),
+        );
+        registry.register_with_unit(
+            "node_spares_memory",
+            "Memory of VMs that wait for sandboxes",
+            Unit::Bytes,
+            m.spares_memory.clone(),
         );
         registry.register(
             "node_cpus_promised",
@@ -230,6 +251,19 @@ impl Metrics {
                     self.slots_ready
                         .get_or_create(&node)
                         .set(machine.slots_ready.into());
+                    for (kind, count) in [
+                        ("restored", machine.spares),
+                        ("paused", machine.spares_asleep),
+                    ] {
+                        let spares = Spares {
+                            node: node.node.clone(),
+                            kind,
+                        };
+                        self.spares.get_or_create(&spares).set(count.into());
+                    }
+                    self.spares_memory
+                        .get_or_create(&node)
+                        .set(signed(machine.spares_bytes));
                     let cpus = machine.cpu_milli_used as f64 / 1e3;
                     self.cpus_used.get_or_create(&node).set(cpus);
                     let bytes = machine.memory_mib_used.saturating_mul(1 << 20);

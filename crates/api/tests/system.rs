@@ -266,6 +266,9 @@ async fn prometheus_is_told_by_route_and_state() {
         r#"cubicle_http_requests_total{method="GET",route="/sandboxes/{sandboxID}",status="200"} 1"#,
         r#"cubicle_http_requests_total{method="GET",route="unknown",status="404"} 1"#,
         r#"cubicle_node_slots_ready{node="memory"} 4"#,
+        r#"cubicle_node_spares{node="memory",kind="restored"} 2"#,
+        r#"cubicle_node_spares{node="memory",kind="paused"} 1"#,
+        r#"cubicle_node_spares_memory_bytes{node="memory"} 62914560"#,
         "# EOF",
     ] {
         assert!(answer.text.contains(line), "{line} in\n{}", answer.text);

@@ -352,6 +352,12 @@ pub struct Machine {
     pub slots_used: u32,
     /// Network slots that wait ready-made.
     pub slots_ready: u32,
+    /// VMs that were restored before anybody asked for them.
+    pub spares: u32,
+    /// VMs of sandboxes that were paused a moment ago, kept for their resume.
+    pub spares_asleep: u32,
+    /// Memory that both take, in bytes.
+    pub spares_bytes: u64,
     /// The hypervisor and its accelerator, for people.
     pub hypervisor: String,
     /// Model of its processor.

@@ -101,7 +101,12 @@ async fn a_sandbox_is_created_found_given_time_and_killed() {
                 .await
                 .is_err_and(|e| gone(&e))
         );
-        assert!(sandboxes.metrics(id, None, None).await.is_err_and(|e| gone(&e)));
+        assert!(
+            sandboxes
+                .metrics(id, None, None)
+                .await
+                .is_err_and(|e| gone(&e))
+        );
         let message = sandboxes.get(id).expect_err("gone").to_string();
         assert!(!message.to_lowercase().contains("template"), "{message}");
     }

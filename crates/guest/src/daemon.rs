@@ -92,7 +92,7 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
         let interpreter = services.interpreter;
         tokio::spawn({
             let interpreter = interpreter.clone();
-            async move { interpreter.open().await }
+            async move { interpreter.wait_for_kernels().await }
         });
         match port {
             Some(port) => {
@@ -110,8 +110,7 @@ pub fn run(port: Option<OwnedFd>) -> Result<Infallible, Error> {
     })
 }
 
-/// A new life may find kernels that were installed in the last one, and those that run must know of
-/// it. Nobody waits for that.
+/// Kernels that run must know of a new life. Nobody waits for that.
 fn and_look_after_kernels(introduce: Introduce, interpreter: Door) -> Introduce {
     Arc::new(move |request| {
         let (introduced, interpreter) = (introduce(request), interpreter.clone());

@@ -1,20 +1,11 @@
 //! The code interpreter on its port, in sandboxes whose image has kernels.
 //!
 //! An image may get its kernels at any time: a step of a template's build installs them, or a user
-//! does. So they are looked for whenever somebody asks for the port in vain, and in a new life if
-//! programs have run since the last look. A sandbox without kernels leaves the port to whoever wants
-//! it.
+//! does. So they are looked for whenever somebody asks for the port in vain, and a while after
+//! programs have run; not at the beginning of a life, where it would be a third of all that a restored
+//! sandbox does. A sandbox without kernels leaves the port to whoever wants it.
 
-use std::{
-    collections::BTreeMap,
-    net::Ipv4Addr,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeMap, net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::serve::ListenerExt as _;
 use cubicle_interpreter::{Interpreter, Search, Surroundings};
@@ -27,8 +18,9 @@ use crate::{access::State, units};
 /// Where kernels' files are while they run.
 const DIRECTORY: &str = "run/cubicle/kernels";
 
-/// How long a new life waits before it looks for kernels, so that a client's first command does not
-/// wait for that. Who asks for the port does not wait for this.
+/// How long after a program's start or end kernels are looked for, so that the next one does not wait
+/// for that. Less than the time for which a template is left alone before its freeze. Who asks for the
+/// port does not wait for this.
 const LOOK_AFTER: Duration = Duration::from_secs(2);
 
 /// Opens the interpreter's port when there is something to serve on it.
@@ -37,8 +29,6 @@ pub struct Door {
     state: Arc<State>,
     /// The interpreter, once its port is open.
     open: Arc<Mutex<Option<Arc<Interpreter>>>>,
-    /// [`State::programs`] when kernels were looked for last.
-    looked: Arc<AtomicU64>,
 }
 
 impl Door {
@@ -48,7 +38,6 @@ impl Door {
         Self {
             state,
             open: Arc::default(),
-            looked: Arc::default(),
         }
     }
 
@@ -58,7 +47,6 @@ impl Door {
         if open.is_some() {
             return true;
         }
-        self.looked.store(self.state.programs(), Relaxed);
         let interpreter = self.interpreter();
         if !interpreter.has_kernels() {
             return false;
@@ -87,9 +75,19 @@ impl Door {
         let interpreter = self.open.lock().await.clone();
         if let Some(interpreter) = interpreter {
             interpreter.refresh().await;
-        } else if self.looked.load(Relaxed) != self.state.programs() {
+        }
+    }
+
+    /// Opens the port once programs have installed kernels. Returns then.
+    pub(crate) async fn wait_for_kernels(&self) {
+        let mut programs = self.state.programs();
+        while !self.open().await {
+            // The sender lives in the state.
+            if programs.changed().await.is_err() {
+                return;
+            }
             tokio::time::sleep(LOOK_AFTER).await;
-            self.open().await;
+            programs.mark_unchanged();
         }
     }
 

@@ -4,10 +4,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use cubicle_ids::SandboxId;
-use cubicle_protocol::{
-    INTERPRETER_PORT,
-    guest_api::{LOGS_PATH, LogEntry, SYNC_PATH},
-};
+use cubicle_protocol::guest_api::{LOGS_PATH, LogEntry, SYNC_PATH};
 use http::{Method, Request, Response};
 use http_body_util::BodyExt as _;
 use serde::Deserialize;
@@ -60,16 +57,6 @@ impl Guest<'_> {
             Ok(())
         } else {
             Err(self.unreadable(CALL, format!("status {status}")))
-        }
-    }
-
-    /// Has the guest look for the code interpreter's kernels, which programs may have installed, so
-    /// that whatever is restored from it later does not have to. It may well have none.
-    pub(crate) async fn look_for_kernels(&self) {
-        // Asking for the port is all it takes.
-        let asked = self.link.connect(INTERPRETER_PORT);
-        if let Ok(Err(error)) = tokio::time::timeout(CALL_TIMEOUT, asked).await {
-            tracing::debug!(sandbox = %self.id, %error, "no code interpreter");
         }
     }
 

@@ -334,6 +334,12 @@ impl Node {
         }
     }
 
+    /// Memory that VMs take which wait for sandboxes to come, in bytes. Takes the kernel some
+    /// milliseconds to count.
+    pub async fn spare_memory(&self) -> u64 {
+        self.inner.spares.memory().await
+    }
+
     /// Whether sandboxes can be made from a snapshot here: it is there, and it is of a machine that
     /// this node makes. An upgrade of the hypervisor may end that.
     #[must_use]

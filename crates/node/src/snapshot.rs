@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use cubicle_cow::{Contents, Manifest, SnapshotKind};
+use cubicle_cow::{Contents, Manifest};
 
 use crate::{
     error::{Error, Result},
@@ -89,9 +89,6 @@ async fn take(
         id,
         link: &live.link,
     };
-    if order.kind == SnapshotKind::Template {
-        guest.look_for_kernels().await;
-    }
     quiesce(&guest, &order).await?;
     let draft = node
         .store

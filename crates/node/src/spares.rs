@@ -23,6 +23,7 @@ use cubicle_cow::{Snapshot, SnapshotKind};
 use cubicle_ids::{SandboxId, SnapshotId};
 use cubicle_net::EgressPolicy;
 use cubicle_protocol::guest_api::InitRequest;
+use cubicle_vmm::Vm;
 use tokio::{
     sync::{Notify, oneshot, watch},
     time::Instant,
@@ -84,7 +85,24 @@ struct Line {
 }
 
 /// A spare that waits. Who drops it sends the spare away.
-type Offer = oneshot::Sender<oneshot::Sender<Spare>>;
+struct Offer {
+    claim: oneshot::Sender<oneshot::Sender<Spare>>,
+    vm: Arc<dyn Vm>,
+}
+
+impl Offer {
+    /// Takes the spare from its owner, unless it has ended.
+    async fn take(self) -> Option<Spare> {
+        let (give, given) = oneshot::channel();
+        self.claim.send(give).ok()?;
+        given.await.ok()
+    }
+
+    /// Whether it has ended.
+    fn is_over(&self) -> bool {
+        self.claim.is_closed()
+    }
+}
 
 /// A VM that serves nobody, and all that goes with it.
 pub(crate) struct Spare {
@@ -140,7 +158,7 @@ impl Spares {
         self.work.notify_one();
         // One that ended while it waited is as good as none.
         while let Some(offer) = offers {
-            if let Some(spare) = take(offer).await {
+            if let Some(spare) = offer.take().await {
                 return Some(spare);
             }
             offers = self.lock().get_mut(snapshot.id())?.ready.pop_front();
@@ -150,7 +168,7 @@ impl Spares {
 
     /// The VM that a sandbox had when it was paused as that snapshot, if it is still there.
     pub(crate) async fn wake(&self, snapshot: &SnapshotId, sandbox: &SandboxId) -> Option<Spare> {
-        take(self.asleep.claim(snapshot, sandbox)?).await
+        self.asleep.claim(snapshot, sandbox)?.take().await
     }
 
     /// Sends the spares of a snapshot away.
@@ -166,6 +184,23 @@ impl Spares {
             max: self.policy.max,
             asleep: self.asleep.len(),
         }
+    }
+
+    /// Memory that is there for spares only, in bytes.
+    pub(crate) async fn memory(&self) -> u64 {
+        let mut vms = self.asleep.vms();
+        {
+            let lines = self.lock();
+            let ready = lines.values().flat_map(|line| &line.ready);
+            vms.extend(ready.map(|offer| offer.vm.clone()));
+        }
+        let used = vms.iter().map(|vm| vm.usage());
+        // One that has ended meanwhile uses nothing.
+        let used = futures::future::join_all(used).await;
+        used.into_iter()
+            .flatten()
+            .map(|used| used.private_bytes)
+            .sum()
     }
 
     /// The snapshot that lacks a spare most.
@@ -357,16 +392,10 @@ async fn make(node: &Arc<Inner>, snapshot: &SnapshotId) -> Result<()> {
 
 /// Leaves a spare with an owner of its own, until it is claimed, sent away, or ends by itself.
 fn offer(node: &Arc<Inner>, spare: Spare) -> Offer {
-    let (offer, claimed) = oneshot::channel();
+    let (claim, claimed) = oneshot::channel();
+    let vm = spare.live.vm.clone();
     node.tasks.spawn(own(node.clone(), spare, claimed));
-    offer
-}
-
-/// Takes a spare from its owner, unless it has ended.
-async fn take(offer: Offer) -> Option<Spare> {
-    let (give, given) = oneshot::channel();
-    offer.send(give).ok()?;
-    given.await.ok()
+    Offer { claim, vm }
 }
 
 async fn own(node: Arc<Inner>, spare: Spare, claimed: oneshot::Receiver<oneshot::Sender<Spare>>) {

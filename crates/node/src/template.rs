@@ -351,7 +351,6 @@ impl Builder {
                     run => run?,
                 }
             }
-            guest.look_for_kernels().await;
             tokio::time::sleep(build.settle).await;
             Ok(())
         };

@@ -18,22 +18,21 @@ use crate::{db::now, lifecycle::State};
 const AT_ONCE: usize = 16;
 /// A guest that takes longer has no sample this time.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Share of a CPU, in percent, that a VM uses whose guest does nothing: its kernel's timers, under
-/// software emulation 0.3.
-const IDLE_PCT: f64 = 1.0;
+/// Share of a CPU that a VM uses whose guest does nothing: its kernel's timers, under software
+/// emulation 0.003, and more in the first seconds of a life.
+const IDLE: f64 = 0.02;
 
 /// The CPU time of a VM at the last look.
 #[derive(Debug, Default)]
 pub(crate) struct Meter(Mutex<Option<(Instant, Duration)>>);
 
 impl Meter {
-    /// Looks at the CPU time, and tells which share of a CPU the VM has used since the last look, in
-    /// percent. `None`: there was none, or it is another VM now.
-    fn look(&self, cpu: Duration) -> Option<f64> {
+    /// Looks at the CPU time, and tells how much of it the VM has used since the last look, and how
+    /// long ago that was. `None`: there was none, or it is another VM now.
+    fn look(&self, cpu: Duration) -> Option<(Duration, Duration)> {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, before) = last.replace((Instant::now(), cpu))?;
-        let used = cpu.checked_sub(before)?;
-        Some(100.0 * used.as_secs_f64() / at.elapsed().as_secs_f64().max(1e-3))
+        Some((cpu.checked_sub(before)?, at.elapsed()))
     }
 }
 
@@ -73,11 +72,14 @@ async fn sample_if_busy(inner: &Inner, entry: &Entry) {
     let Some(cpu) = inner.fleet.cpu_time(&entry.sandbox().id) else {
         return;
     };
+    // A life that has just begun may be looked at for the first time a moment later.
+    let idle = |elapsed: Duration| elapsed.max(inner.config.sample_every).mul_f64(IDLE);
     match entry.meter.look(cpu) {
-        Some(pct) if pct < IDLE_PCT => {
+        Some((used, elapsed)) if used < idle(elapsed) => {
             if let Some(mut same) = entry.latest_sample().filter(|_| is_free(entry)) {
                 same.at = now();
-                same.usage.cpu_used_pct = 0.0;
+                let share = used.as_secs_f64() / elapsed.as_secs_f64().max(1e-3);
+                same.usage.cpu_used_pct = (1e4 * share).round() / 1e2;
                 entry.record(same);
             }
         }
@@ -103,6 +105,7 @@ fn is_free(entry: &Entry) -> bool {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -112,9 +115,9 @@ mod tests {
         let ms = Duration::from_millis;
         assert_eq!(meter.look(ms(100)), None, "the first look");
         std::thread::sleep(ms(20));
-        assert_eq!(meter.look(ms(100)), Some(0.0));
-        std::thread::sleep(ms(20));
-        assert!(meter.look(ms(110)).is_some_and(|pct| pct > IDLE_PCT));
+        let (used, elapsed) = meter.look(ms(110)).unwrap();
+        assert!(used == ms(10) && elapsed >= ms(20));
         assert_eq!(meter.look(ms(30)), None, "it was replaced");
+        assert_eq!(meter.look(ms(30)).unwrap().0, Duration::ZERO);
     }
 }

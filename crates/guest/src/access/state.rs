@@ -1,11 +1,10 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{
-        Arc, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, PoisonError, RwLock},
 };
+
+use tokio::sync::watch;
 
 use super::{AccessToken, Accounts, Error, User};
 use crate::{share::Shares, system::Meter};
@@ -57,7 +56,7 @@ impl Settings {
 pub struct State {
     root: PathBuf,
     settings: RwLock<Arc<Settings>>,
-    programs: AtomicU64,
+    programs: watch::Sender<()>,
     pub(crate) meter: Meter,
     pub(crate) shares: Shares,
 }
@@ -81,7 +80,7 @@ impl State {
         Self {
             root,
             settings: RwLock::new(Arc::new(settings)),
-            programs: AtomicU64::new(0),
+            programs: watch::Sender::default(),
             meter: Meter::default(),
             shares: Shares::default(),
         }
@@ -108,15 +107,14 @@ impl State {
         change(Arc::make_mut(&mut guard))
     }
 
-    /// How many programs were started so far, in all lives. While it is the same, nothing was
-    /// installed.
-    pub(crate) fn programs(&self) -> u64 {
-        self.programs.load(Relaxed)
+    /// Changes whenever a program was started or has ended. While nothing runs, nothing is installed.
+    pub(crate) fn programs(&self) -> watch::Receiver<()> {
+        self.programs.subscribe()
     }
 
-    /// A program is about to be started.
-    pub(crate) fn count_program(&self) {
-        self.programs.fetch_add(1, Relaxed);
+    /// A program was started or has ended.
+    pub(crate) fn note_program(&self) {
+        self.programs.send_replace(());
     }
 
     /// The sandbox's users and groups, read anew: programs may add users at any time.

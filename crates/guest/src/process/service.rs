@@ -58,7 +58,6 @@ impl Processes {
     /// Starts the program and everything that watches over it.
     async fn launch(&self, launch: &Launch<'_>, tag: Option<String>) -> Result<Started, Error> {
         let config = launch.config;
-        self.state.count_program();
         let launched = if self.state.shares.any() {
             // The program, or its directory, may be in a share. What waits for that waits for this
             // thread, which must not wait, too.
@@ -118,16 +117,19 @@ impl Processes {
         };
         let subscriber = process.subscribe();
         self.table.insert(Arc::clone(&process));
+        self.state.note_program();
         self.journal.note(
             Level::Info,
             "process started",
             [("pid", pid.to_string()), ("cmd", command_line(config))],
         );
         let (table, journal) = (Arc::clone(&self.table), Arc::clone(&self.journal));
+        let state = Arc::clone(&self.state);
         let deadline = launch.deadline;
         tokio::spawn(async move {
             let status = supervise(&process, pidfd, readers, deadline).await;
             table.ended(&process);
+            state.note_program();
             let level = match status {
                 ExitStatus::Exited(0) => Level::Info,
                 _ => Level::Warn,

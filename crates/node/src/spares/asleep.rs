@@ -15,6 +15,7 @@ use std::{
 };
 
 use cubicle_ids::{SandboxId, SnapshotId};
+use cubicle_vmm::Vm;
 use tokio::time::Instant;
 
 use super::{Offer, Spare, memory_is_short, offer};
@@ -46,6 +47,12 @@ impl Asleep {
         self.lock().as_ref().map_or(0, VecDeque::len)
     }
 
+    pub(super) fn vms(&self) -> Vec<Arc<dyn Vm>> {
+        let sleepers = self.lock();
+        let all = sleepers.iter().flatten();
+        all.map(|sleeper| sleeper.offer.vm.clone()).collect()
+    }
+
     /// What the sandbox was when it was paused as that snapshot.
     pub(super) fn claim(&self, snapshot: &SnapshotId, sandbox: &SandboxId) -> Option<Offer> {
         let mut sleepers = self.lock();
@@ -66,7 +73,7 @@ impl Asleep {
         if let Some(sleepers) = self.lock().as_mut() {
             sleepers.retain(|sleeper| {
                 let young = sleeper.since.elapsed() < self.policy.asleep;
-                young && !memory_is_short && !sleeper.offer.is_closed()
+                young && !memory_is_short && !sleeper.offer.is_over()
             });
         }
     }
