@@ -4,6 +4,8 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from machine import census, settled
 
 CYCLES = int(os.environ.get("CUBICLE_TEST_CYCLES", "80"))
@@ -35,3 +37,20 @@ def test_stopping_leaves_nothing(server):
     after = census(server.data_dir)
     server.start()
     assert after == before
+
+
+def test_a_start_that_fails_leaves_nothing(server):
+    server.stop()
+    before = census(server.data_dir)
+    # Where clients look for the server there is something that cannot be replaced.
+    client = server.data_dir / "client.json"
+    kept = client.rename(client.with_suffix(".kept"))
+    client.mkdir()
+    try:
+        with pytest.raises(RuntimeError, match="client.json"):
+            server.start()
+        assert census(server.data_dir) == before
+    finally:
+        client.rmdir()
+        kept.rename(client)
+    server.start()

@@ -130,7 +130,8 @@ pub(crate) struct Up {
     /// Most sandboxes that may exist at the same time
     #[arg(long, default_value_t = 200)]
     pub(crate) max_sandboxes: u32,
-    /// How many VMs wait, restored, for sandboxes to come; 0 for none [default: two for each CPU]
+    /// How many VMs wait, restored, for sandboxes to come, and how many sandboxes keep theirs for a
+    /// minute after they were paused; 0 for none [default: two for each CPU]
     #[arg(long, value_name = "N")]
     pub(crate) spares: Option<usize>,
     /// How the memory that a sandbox has written is found: `auto`, `soft-dirty`, `anonymous-pages`

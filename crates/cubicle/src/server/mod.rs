@@ -318,7 +318,6 @@ impl Server {
                 tracing::error!(%error, "the listener failed");
             }
         });
-        connection.save(&dirs.data)?;
         let server = Self {
             connection,
             accelerator: accelerator.to_string(),
@@ -329,7 +328,11 @@ impl Server {
             closing,
             serving,
         };
-        if let Err(error) = server.ensure_base(&kernel, report).await {
+        let introduced = async {
+            server.connection.save(&dirs.data)?;
+            server.ensure_base(&kernel, report).await
+        };
+        if let Err(error) = introduced.await {
             server.stop().await?;
             return Err(error);
         }
