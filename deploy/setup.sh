@@ -33,6 +33,7 @@ readonly RUN_PROGRAMS=(
     pkg-config:pkg-config
 )
 readonly TEST_PROGRAMS=(
+    conntrack:conntrack
     cpio:cpio
     git:git
     gzip:gzip
