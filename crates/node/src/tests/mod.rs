@@ -91,6 +91,17 @@ async fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// The same of what is removed behind the caller's back, its row last.
+async fn nothing_left(node: &Node, machine: &Machine) {
+    until("all is given back", || machine.remains().is_empty()).await;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !node.inner.journal.rows().await.unwrap().is_empty() {
+        assert!(tokio::time::Instant::now() < deadline, "a row stays");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_clean(node, machine).await;
+}
+
 async fn end(node: Node, machine: &Machine) {
     node.failpoints().disarm();
     node.shutdown().await.unwrap();

@@ -137,8 +137,7 @@ async fn a_rollback_replaces_the_vm_and_keeps_the_sandbox() {
     let next = node.snapshot(&id, user()).await.unwrap();
     assert_eq!(next.manifest.lineage, [template]);
     node.kill(&id).await.unwrap();
-    until("all is given back", || machine.remains().is_empty()).await;
-    assert_clean(&node, &machine).await;
+    nothing_left(&node, &machine).await;
     end(node, &machine).await;
 }
 
@@ -220,8 +219,7 @@ async fn whatever_fails_the_sandbox_runs_on_as_if_nothing_had_been_asked() {
     assert_eq!(node.store().list().len(), snapshots);
     assert!(!vm.is_stopped(), "every freeze ended");
     node.kill(&id).await.unwrap();
-    until("all is given back", || machine.remains().is_empty()).await;
-    assert_clean(&node, &machine).await;
+    nothing_left(&node, &machine).await;
     end(node, &machine).await;
 }
 

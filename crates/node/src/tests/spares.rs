@@ -76,8 +76,7 @@ async fn a_create_claims_a_spare_and_others_are_made() {
     node.delete_snapshot(&snapshot).await.unwrap();
     node.kill(&id).await.unwrap();
     node.kill(&first.id).await.unwrap();
-    until("the spares are gone", || machine.remains().is_empty()).await;
-    assert_clean(&node, &machine).await;
+    nothing_left(&node, &machine).await;
     end(node, &machine).await;
 }
 
@@ -210,8 +209,7 @@ async fn a_resume_soon_after_its_pause_gets_the_same_vm_back() {
     node.delete_snapshot(&resume.snapshot).await.unwrap();
     sleepers(&node, 0).await;
     node.delete_snapshot(&template).await.unwrap();
-    until("all VMs are gone", || machine.remains().is_empty()).await;
-    assert_clean(&node, &machine).await;
+    nothing_left(&node, &machine).await;
     end(node, &machine).await;
 }
 
@@ -264,6 +262,6 @@ async fn a_paused_vm_ends_with_its_node_or_at_once_where_there_are_no_spares() {
     let resume = pause(&node, &id, generation).await;
     until("no VM is kept", || machine.remains().is_empty()).await;
     node.delete_snapshot(&resume.snapshot).await.unwrap();
-    assert_clean(&node, &machine).await;
+    nothing_left(&node, &machine).await;
     end(node, &machine).await;
 }
