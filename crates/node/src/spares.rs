@@ -390,7 +390,7 @@ async fn make(node: &Arc<Inner>, snapshot: &SnapshotId) -> Result<()> {
     Ok(())
 }
 
-/// Leaves a spare with an owner of its own, until it is claimed, sent away, or ends by itself.
+/// Leaves a spare with an owner of its own.
 fn offer(node: &Arc<Inner>, spare: Spare) -> Offer {
     let (claim, claimed) = oneshot::channel();
     let vm = spare.live.vm.clone();
@@ -398,6 +398,7 @@ fn offer(node: &Arc<Inner>, spare: Spare) -> Offer {
     Offer { claim, vm }
 }
 
+/// Owns a spare until it is claimed, sent away, or ends by itself.
 async fn own(node: Arc<Inner>, spare: Spare, claimed: oneshot::Receiver<oneshot::Sender<Spare>>) {
     let vm = spare.live.vm.clone();
     let taker = tokio::select! {
