@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -549,8 +549,23 @@ impl Machine {
         self.open_with(self.config()).await
     }
 
+    /// The store of a node that was dropped a moment ago: unlike a process that was killed, it may leave
+    /// a thread that still flushes a file, and holds the lock until it has.
+    async fn reopened_store(&self) -> Store {
+        let patience = Instant::now() + Duration::from_secs(10);
+        loop {
+            match Store::open(&self.store_root()).await {
+                Ok((store, _)) => return store,
+                Err(cubicle_cow::Error::Locked { .. }) if Instant::now() < patience => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
     pub(crate) async fn open_with(&self, config: NodeConfig) -> (Node, AdoptionReport) {
-        let store = Store::open(&self.store_root()).await.unwrap().0;
+        let store = self.reopened_store().await;
         Node::open(config, self.hypervisor.clone(), store, None)
             .await
             .unwrap()

@@ -1,5 +1,5 @@
 //! The root that VM processes see: a mount namespace with the hypervisor's program, its
-//! libraries and firmware, `/proc` limited to a process's own entry, four harmless devices, and
+//! libraries and firmware, the library that makes it a zygote, `/proc` limited to a process's own entry, four harmless devices, and
 //! nothing else; everything read-only. It also holds an empty network namespace, for VMs that
 //! were given none, and an IPC namespace apart from the host's.
 //!
@@ -8,6 +8,7 @@
 //! there is nothing to clean up.
 
 use std::{
+    ffi::CStr,
     fs,
     fs::File,
     io,
@@ -28,6 +29,7 @@ use crate::error::{Error, Result};
 
 /// Where the new root is assembled. In the new namespace only; the host's directory is untouched.
 const STAGE: &str = "/tmp";
+const STAGE_OPTIONS: &CStr = c"mode=755,size=2m";
 
 /// What a dynamically linked program needs besides itself.
 const LIBRARIES: [&str; 6] = [
@@ -41,6 +43,12 @@ const LIBRARIES: [&str; 6] = [
 
 /// Devices that programs expect; none of them holds state.
 const DEVICES: [&str; 4] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"];
+
+/// Path in the jail of the library that is preloaded into the program.
+pub(crate) const ZYGOTE: &str = "/zygote.so";
+
+/// That library: `cubicle_zygote`, built for this.
+static ZYGOTE_LIBRARY: &[u8] = include_bytes!(env!("CUBICLE_ZYGOTE"));
 
 /// Descriptors of the namespaces that make up the jail.
 #[derive(Debug)]
@@ -124,9 +132,11 @@ fn assemble(paths: &[PathBuf], devices: &[PathBuf]) -> Result<Jail> {
         stage,
         "tmpfs",
         MountFlags::NOSUID | MountFlags::NODEV,
-        Some(c"mode=755,size=1m"),
+        Some(STAGE_OPTIONS),
     )
     .map_err(failed("mount a new root on", stage))?;
+    let library = inside(stage, Path::new(ZYGOTE));
+    fs::write(&library, ZYGOTE_LIBRARY).map_err(Error::io("write", library))?;
     for entry in &opened {
         entry.place(stage)?;
     }
@@ -151,7 +161,7 @@ fn assemble(paths: &[PathBuf], devices: &[PathBuf]) -> Result<Jail> {
     mount_remount(
         stage,
         MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV,
-        c"mode=755,size=1m",
+        STAGE_OPTIONS,
     )
     .map_err(failed("make read-only", stage))?;
 

@@ -26,7 +26,6 @@ use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub mod cgroup;
-mod confine;
 pub mod error;
 pub mod fake;
 mod jail;
@@ -38,6 +37,7 @@ pub mod qemu;
 mod remains;
 pub mod spec;
 pub mod tsc;
+mod zygote;
 
 pub use error::{Error, Result};
 pub use spec::{

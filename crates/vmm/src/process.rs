@@ -2,17 +2,21 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::PathBuf,
     sync::Arc,
 };
 
+use cubicle_zygote::Ending;
 use rustix::{
     io::Errno,
     process::{Pid, PidfdFlags, Signal, WaitIdOptions, WaitIdStatus},
 };
 use tokio::{
-    io::{Interest, unix::AsyncFd},
+    io::{AsyncReadExt as _, Interest, unix::AsyncFd},
     sync::watch,
 };
 
@@ -59,9 +63,27 @@ impl Process {
         let child = ChildGuard(Some(pidfd.try_clone()?));
         // It may have ended already, but is there until it is reaped.
         let stat = stat(pid)?.ok_or(io::ErrorKind::NotFound)?;
-        let process = Self::watch(pid, stat.start_time, pidfd)?;
+        let process = Self::watch(pid, stat.start_time, pidfd, None)?;
         child.keep();
         Ok(process)
+    }
+
+    /// Watches a process that a child of ours started, which says on `replies` how it ended once it
+    /// has reaped it. On failure it is killed.
+    ///
+    /// # Errors
+    /// When /proc does not tell its start time or the descriptor cannot be watched.
+    pub(crate) fn grandchild(pid: i32, pidfd: OwnedFd, replies: UnixStream) -> io::Result<Self> {
+        let watched = || {
+            replies.set_nonblocking(true)?;
+            let replies = tokio::net::UnixStream::from_std(replies)?;
+            // Its parent may have reaped it already; its start time is of no use then.
+            let start_time = stat(pid)?.map_or(0, |stat| stat.start_time);
+            Self::watch(pid, start_time, pidfd.try_clone()?, Some(replies))
+        };
+        watched().inspect_err(|_| {
+            let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+        })
     }
 
     /// Finds the process that has this pid and was started at this time; `None` if it is gone.
@@ -79,12 +101,18 @@ impl Process {
         };
         // Compared after opening: whatever has the pid now is what the descriptor means.
         match start_time(pid)? {
-            Some(now) if now == started => Self::watch(pid, started, pidfd).map(Some),
+            Some(now) if now == started => Self::watch(pid, started, pidfd, None).map(Some),
             _ => Ok(None),
         }
     }
 
-    fn watch(pid: i32, start_time: u64, pidfd: OwnedFd) -> io::Result<Self> {
+    /// `told_by`: who reaps it, if we do not.
+    fn watch(
+        pid: i32,
+        start_time: u64,
+        pidfd: OwnedFd,
+        told_by: Option<tokio::net::UnixStream>,
+    ) -> io::Result<Self> {
         let pidfd = Arc::new(pidfd);
         let (ended, exit) = watch::channel(None);
         let shared = SharedFd(Arc::clone(&pidfd));
@@ -95,7 +123,10 @@ impl Process {
             // A pidfd becomes readable when the process has ended. Waiting can only fail when the
             // runtime shuts down, and then nobody is left to tell.
             if watched.readable().await.is_ok() {
-                ended.send_replace(Some(reap(watched.get_ref().0.as_fd())));
+                ended.send_replace(Some(match told_by {
+                    Some(mut replies) => ending(&mut replies).await,
+                    None => reap(watched.get_ref().0.as_fd()),
+                }));
             }
         });
         Ok(Self {
@@ -153,6 +184,19 @@ fn reap(pidfd: std::os::fd::BorrowedFd<'_>) -> Exit {
         Ok(Some(status)) => describe(&status),
         // Not our child (adopted): whoever is its parent reaps it.
         Ok(None) | Err(_) => Exit::Unknown,
+    }
+}
+
+/// What its parent says of a process that has ended. It has reaped it by then.
+async fn ending(replies: &mut tokio::net::UnixStream) -> Exit {
+    let mut status = [0; Ending::LEN];
+    match replies.read_exact(&mut status).await {
+        Ok(_) => match Ending::decode(status) {
+            Ending::Code(code) => Exit::Code(code),
+            Ending::Signal(signal) => Exit::Signal(signal),
+        },
+        // The parent is gone, and whoever inherited the process reaps it.
+        Err(_) => Exit::Unknown,
     }
 }
 

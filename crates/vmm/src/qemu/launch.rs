@@ -24,12 +24,12 @@ use super::{
     qmp::Qmp, vm::QemuVm,
 };
 use crate::{
-    confine,
     error::{Error, Result},
     output::Output,
     process::Process,
     remains::Launching,
     spec::{Boot, Disk, DiskIo, MemoryFile, VmRecord, VmSpec},
+    zygote::Plan,
 };
 use args::{Descriptors, MemorySource, OpenBoot, OpenDisk};
 
@@ -202,19 +202,12 @@ fn spawn(host: &Host, spec: &VmSpec, fds: &Descriptors, output: BorrowedFd<'_>) 
             .pids
             .map(|pids| (libc::RLIMIT_NPROC, u64::from(pids))),
     );
-    let plan = confine::Plan {
-        program: no_nul(host.features.binary.display().to_string())?,
+    let plan = Plan {
         arguments: arguments.into_iter().map(no_nul).collect::<Result<_>>()?,
         input: host.nothing.as_fd(),
         output,
         inherit: fds.inherited(),
-        mount_namespace: host.jail.mount.as_fd(),
-        network_namespace: spec
-            .netns
-            .as_ref()
-            .unwrap_or(&host.jail.empty_network)
-            .as_fd(),
-        ipc_namespace: host.jail.ipc.as_fd(),
+        network_namespace: spec.netns.as_ref().map(|netns| netns.as_fd()),
         uid: spec.uid,
         groups: match host.kvm {
             KvmAccess::Group(group) => vec![group],
@@ -222,9 +215,8 @@ fn spawn(host: &Host, spec: &VmSpec, fds: &Descriptors, output: BorrowedFd<'_>) 
         },
         limits,
     };
-    let (pid, pidfd) =
-        confine::spawn(&plan).map_err(|failure| failed(failure.step, failure.source))?;
-    Process::child(pid, pidfd).map_err(|source| failed("watch its process", source))
+    let forked = host.zygotes.fork(&plan);
+    forked.map_err(|failure| failed(failure.step, failure.source))
 }
 
 /// Waits until QEMU has come up and the guest is loaded, moving it into its cgroup meanwhile.

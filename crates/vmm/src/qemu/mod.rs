@@ -39,6 +39,7 @@ use crate::{
     remains::Remains,
     spec::{VmRecord, VmSpec},
     tsc,
+    zygote::Zygotes,
 };
 
 /// Value of [`VmRecord::driver`].
@@ -115,7 +116,7 @@ struct Host {
     accelerator: Accelerator,
     features: Features,
     cgroups: Cgroups,
-    jail: Jail,
+    zygotes: Zygotes,
     boot_id: String,
     tsc_khz: u64,
     kvm: KvmAccess,
@@ -124,8 +125,8 @@ struct Host {
 }
 
 impl Qemu {
-    /// Looks at the installed QEMU and at the host, and builds the root that VMs will see.
-    /// Needs the privileges of root. About 60 ms.
+    /// Looks at the installed QEMU and at the host, builds the root that VMs will see, and has a
+    /// QEMU wait in it to become VMs. Needs the privileges of root. About 100 ms.
     ///
     /// # Errors
     /// When QEMU is missing or too old, or the host refuses the namespaces.
@@ -143,14 +144,14 @@ impl Qemu {
                 process::boot_id().map_err(Error::io("read", "/proc/sys/kernel/random/boot_id"))?;
             let jail = Jail::build(&binary, &data, devices)?;
             Ok((
-                jail,
+                Zygotes::open(binary, jail)?,
                 Cgroups::open(),
                 boot_id,
                 tsc::khz(),
                 OwnedFd::from(nothing),
             ))
         };
-        let (jail, cgroups, boot_id, tsc_khz, nothing) =
+        let (zygotes, cgroups, boot_id, tsc_khz, nothing) =
             blocking(host).await.unwrap_or_else(|reason| {
                 Err(Error::Unusable {
                     binary: features.binary.clone(),
@@ -163,7 +164,7 @@ impl Qemu {
             accelerator,
             features,
             cgroups,
-            jail,
+            zygotes,
             boot_id,
             tsc_khz,
             kvm,
