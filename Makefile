@@ -43,6 +43,10 @@ guest: ## Build the daemon that runs inside the VMs
 	@mkdir -p $(TARGET)/release
 	@ln -f $(TARGET)/$(TRIPLE)/guest/cubicle-guest $(TARGET)/release/cubicle-guest
 
+.PHONY: kernel
+kernel: ## Build a smaller guest kernel, for `cubicle up --kernel`
+	@deploy/kernel/build.sh $(ARGS)
+
 .PHONY: test
 test: setup-test ## Run every check and every test, with real VMs and real clients
 	@tests/run

@@ -5,7 +5,7 @@
 #   deploy/setup.sh           what building and running need (make up)
 #   deploy/setup.sh --test    and what the tests need besides (make test)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Administrators' programs are not on everybody's PATH; rustup's are not on root's.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin
@@ -189,4 +189,5 @@ main() {
     fi
 }
 
-main "$@"
+# Other scripts read this one for its functions.
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi

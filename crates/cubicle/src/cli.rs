@@ -76,7 +76,7 @@ pub(crate) struct Global {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Start the server in the foreground and show that it works
-    Up(Up),
+    Up(Box<Up>),
     /// Print the environment that points E2B's and Cube's clients at the running server
     ///
     /// Use it as `eval "$(cubicle env)"`.
@@ -159,6 +159,18 @@ pub(crate) struct Up {
         hide_env_values = true
     )]
     pub(crate) store: Option<String>,
+    /// The guest kernel: a bzImage, or an ELF file that can start by PVH [default: the distribution's]
+    #[arg(long, env = "CUBICLE_KERNEL", value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Its modules, a directory like /lib/modules/<release>; without, all that sandboxes need is
+    /// built in
+    #[arg(
+        long,
+        env = "CUBICLE_KERNEL_MODULES",
+        value_name = "DIR",
+        requires = "kernel"
+    )]
+    pub(crate) kernel_modules: Option<PathBuf>,
     /// The guest daemon [default: `cubicle-guest` beside this program]
     #[arg(long, env = "CUBICLE_GUEST", value_name = "FILE")]
     pub(crate) guest: Option<PathBuf>,
@@ -443,6 +455,7 @@ mod tests {
             "cubicle template build a --image b --registry-user c",
             "cubicle template build a --ready tcp:x",
             "cubicle template tag a",
+            "cubicle up --kernel-modules a",
         ];
         let said: Vec<String> = lines
             .iter()

@@ -69,7 +69,7 @@ fn end_with_the_reader() {
 async fn run(cli: Cli) -> Result<ExitCode, Error> {
     let Cli { global, command } = cli;
     match command {
-        Command::Up(options) => commands::up::run(&global, options).await,
+        Command::Up(options) => commands::up::run(&global, *options).await,
         Command::Env(options) => {
             commands::env::run(&global, options.format).map(|()| ExitCode::SUCCESS)
         }

@@ -145,9 +145,21 @@ async fn probe_accelerator(kernel: &cubicle_image::Kernel, dirs: &Dirs) -> Resul
         .map_err(|error| Error::setup("probe the accelerator", error))
 }
 
+/// Where the guest kernel comes from: the file that was named, or the distribution.
+fn kernel_source(options: &Up) -> KernelSource {
+    match &options.kernel {
+        Some(path) => KernelSource::File {
+            path: path.clone(),
+            modules: options.kernel_modules.clone(),
+        },
+        None => KernelSource::default(),
+    }
+}
+
 /// The accelerator of this machine, for `doctor`: none while there is no kernel to probe with.
+/// That is the distribution's, which is not downloaded for it.
 pub(crate) async fn accelerator_verdict(data_dir: &Path) -> Result<Option<Verdict>, Error> {
-    if !data_dir.join("images/kernels").exists() {
+    if !data_dir.join("images/kernels/distribution").exists() {
         return Ok(None);
     }
     let dirs = Dirs::create(data_dir)?;
@@ -217,7 +229,7 @@ impl Server {
         })?;
         let images = Images {
             dir: dirs.images.clone(),
-            kernel: KernelSource::default(),
+            kernel: kernel_source(options),
             guest,
             oci: options.images.open(&dirs.images)?,
             user: USER.to_owned(),
