@@ -89,7 +89,7 @@ impl Api {
         let state = Arc::clone(&self.state);
         Arc::new(move |request| {
             let state = Arc::clone(&state);
-            async move { system::introduce(&state, &request).await }.boxed()
+            async move { system::introduce(&state, request).await }.boxed()
         })
     }
 

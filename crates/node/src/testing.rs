@@ -404,7 +404,7 @@ impl Guest {
             let Ok(request) = introduction::hear(&mut daemon).await else {
                 return;
             };
-            let answer = serde_json::to_vec(&self.introduce(&request)).unwrap();
+            let answer = self.introduce(request);
             if introduction::say(&mut daemon, &answer).await.is_ok() {
                 self.clone().requests(daemon).await;
             }
@@ -412,8 +412,7 @@ impl Guest {
         tokio::select! { _ = pump_in => {}, _ = pump_out => {}, () = serve => {} }
     }
 
-    fn introduce(&self, request: &[u8]) -> Introduced {
-        let init: InitRequest = serde_json::from_slice(request).unwrap();
+    fn introduce(&self, init: InitRequest) -> Introduced {
         if self.behaviour.refuse_init.load(SeqCst) || take_one(&self.behaviour.refuse_inits) {
             return Introduced::Refused("the random number generator is gone".to_owned());
         }

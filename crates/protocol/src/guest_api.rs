@@ -1,4 +1,4 @@
-//! JSON of what only the host may say. The guest hears it on the channel and nowhere else: no TCP
+//! What only the host may say. The guest hears it on the channel and nowhere else: no TCP
 //! port and no `CONNECT` tunnel leads there.
 //!
 //! After every boot, every restore and whenever the host comes back, the first that it says is an
@@ -45,53 +45,44 @@ pub struct CopyQuery {
 }
 
 /// Everything that a guest cannot know about itself after a restore. An absent field leaves what
-/// the guest has; E2B's field names where E2B has the field.
+/// the guest has; E2B's field names where E2B has the field. On the channel it is postcard, in which every
+/// field has its place and none can be left out; the host's own records of it are JSON.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct InitRequest {
     /// Environment of every process started from now on. Replaces the map of the call before.
     pub env_vars: BTreeMap<String, String>,
     /// What a request must carry in `X-Access-Token`. Absent: as before.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token: Option<String>,
     /// The host's wall clock; the guest steps its own to it.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<Timestamp>,
     /// User of requests that name none.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub default_user: Option<String>,
     /// Working directory of processes that name none. Absent: the user's home.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub default_workdir: Option<String>,
     /// Fresh random bits for the kernel's generator, different for every restore.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
     /// The sandbox that this guest is now.
-    #[serde(rename = "sandboxID", skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "sandboxID")]
     pub sandbox_id: Option<SandboxId>,
     /// The template that it was made from.
-    #[serde(rename = "templateID", skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "templateID")]
     pub template_id: Option<TemplateId>,
     /// Host name to set.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
     /// Content of `/etc/machine-id`: 32 lower-case hexadecimal digits.
-    #[serde(rename = "machineID", skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "machineID")]
     pub machine_id: Option<String>,
     /// Name servers to put into `/etc/resolv.conf`. Empty: leave the file alone.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub dns_servers: Vec<Ipv4Addr>,
     /// How often this sandbox has been restored or rolled back: the proxy's connections are keyed
     /// by it.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub generation: Option<u64>,
     /// Kept in the guest's RAM and nowhere else. The answer returns the one that was there before,
     /// which is in the memory image that this VM was restored from, and so proves which one it was.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub nonce: Option<String>,
     /// The directories of the host that are to be mounted: all of them, so what else is mounted is
     /// unmounted. Absent: as before.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub mounts: Option<Vec<Mount>>,
 }
 
@@ -105,11 +96,11 @@ pub struct Mount {
     /// Where it is mounted: absolute, without `.` and `..`.
     pub path: String,
     /// Whether the sandbox may not change it.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default)]
     pub read_only: bool,
     /// The directory on the host. For the host's own records: it is taken out of what the guest is
     /// told.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub root: Option<PathBuf>,
 }
 
@@ -128,7 +119,6 @@ pub enum Introduced {
 #[serde(rename_all = "camelCase", default)]
 pub struct InitResponse {
     /// [`InitRequest::nonce`] of the last call that carried one; absent after a cold boot.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub previous_nonce: Option<String>,
     /// Version of the envd protocol that the guest speaks.
     pub envd_version: String,
@@ -192,7 +182,11 @@ impl fmt::Display for Timestamp {
 
 impl Serialize for Timestamp {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        if serializer.is_human_readable() {
+            serializer.collect_str(self)
+        } else {
+            serializer.serialize_u64(self.0)
+        }
     }
 }
 
@@ -224,7 +218,11 @@ impl<'de> Deserialize<'de> for Timestamp {
                     .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
             }
         }
-        deserializer.deserialize_any(Visitor)
+        if deserializer.is_human_readable() {
+            deserializer.deserialize_any(Visitor)
+        } else {
+            deserializer.deserialize_u64(Visitor)
+        }
     }
 }
 
@@ -257,12 +255,19 @@ impl fmt::Debug for Entropy {
 
 impl Serialize for Entropy {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&BASE64_STANDARD.encode(self.0))
+        if serializer.is_human_readable() {
+            serializer.serialize_str(&BASE64_STANDARD.encode(self.0))
+        } else {
+            self.0.serialize(serializer)
+        }
     }
 }
 
 impl<'de> Deserialize<'de> for Entropy {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if !deserializer.is_human_readable() {
+            return <[u8; Self::LEN]>::deserialize(deserializer).map(Self);
+        }
         let text = String::deserialize(deserializer)?;
         BASE64_STANDARD
             .decode(&text)
@@ -290,12 +295,15 @@ mod tests {
             generation: Some(3),
             ..InitRequest::default()
         };
+        let packed = postcard::to_allocvec(&request).unwrap();
+        assert_eq!(
+            postcard::from_bytes::<InitRequest>(&packed).unwrap(),
+            request
+        );
         let json = serde_json::to_value(&request).unwrap();
-        let mut names: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
-        names.sort();
-        let want =
-            "accessToken dnsServers entropy envVars generation machineID sandboxID timestamp";
-        assert_eq!(names.join(" "), want);
+        for name in "accessToken defaultUser envVars machineID sandboxID templateID".split(' ') {
+            assert!(json.get(name).is_some(), "{name} in {json}");
+        }
         assert_eq!(json["timestamp"], "2023-11-14T22:13:20.123456789Z");
         assert_eq!(
             serde_json::from_value::<InitRequest>(json).unwrap(),

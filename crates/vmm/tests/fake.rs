@@ -9,7 +9,7 @@ use cubicle_ids::SandboxId;
 use cubicle_protocol::{
     ENVD_VERSION, ERROR_HEADER, ERROR_PORT_CLOSED,
     channel::{Nonce, host::handshake, introduction},
-    guest_api::{InitResponse, Introduced},
+    guest_api::{InitRequest, InitResponse, Introduced},
 };
 use cubicle_vmm::{
     Boot, Error, Hypervisor as _, Vm, VmSpec,
@@ -91,10 +91,9 @@ async fn introduced<T>(channel: &mut T, init: &Value) -> Introduced
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    let init = init.to_string();
-    introduction::say(channel, init.as_bytes()).await.unwrap();
-    let answer = introduction::hear(channel).await.unwrap();
-    serde_json::from_slice(&answer).unwrap()
+    let init: InitRequest = serde_json::from_value(init.clone()).unwrap();
+    introduction::say(channel, &init).await.unwrap();
+    introduction::hear(channel).await.unwrap()
 }
 
 async fn json_of(response: Response<Incoming>) -> Value {

@@ -22,6 +22,7 @@ use axum::{Router, body::Body};
 use cubicle_protocol::{
     HOST_AUTHORITY,
     channel::{CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, STREAM_WINDOW, introduction},
+    guest_api::{InitRequest, Introduced},
 };
 use futures::future::BoxFuture;
 use http::{Method, Request, Response};
@@ -41,7 +42,7 @@ const SEND_BUFFER: usize = 256 << 10;
 const MAX_ABANDONED: usize = 16_384;
 
 /// Takes what the host says first in a life, and answers it.
-pub type Introduce = Arc<dyn Fn(Vec<u8>) -> BoxFuture<'static, Vec<u8>> + Send + Sync>;
+pub type Introduce = Arc<dyn Fn(InitRequest) -> BoxFuture<'static, Introduced> + Send + Sync>;
 
 /// Told of a port that somebody asked for and on which nobody listens. True: somebody does now.
 pub type Knock = Arc<dyn Fn(u16) -> BoxFuture<'static, bool> + Send + Sync>;

@@ -21,6 +21,7 @@ use cubicle_protocol::{
         host::{HostChannel, handshake},
         introduction,
     },
+    guest_api::{InitRequest, InitResponse, Introduced},
 };
 use futures::FutureExt as _;
 use http::{Request, Response, StatusCode};
@@ -39,9 +40,9 @@ type Sender = http2::SendRequest<Full<Bytes>>;
 
 const SOON: Duration = Duration::from_secs(5);
 
-/// Answers an introduction with itself.
-fn echo() -> Introduce {
-    Arc::new(|request| std::future::ready(request).boxed())
+/// Becomes whatever it is told to be.
+fn agree() -> Introduce {
+    Arc::new(|_| std::future::ready(Introduced::Became(InitResponse::default())).boxed())
 }
 
 /// Opens no port.
@@ -57,7 +58,7 @@ fn guest(router: Router) -> StdUnixStream {
         serve(
             port,
             Doors {
-                introduce: echo(),
+                introduce: agree(),
                 host: router.clone(),
                 public: router,
                 knock: nobody(),
@@ -110,9 +111,13 @@ impl AsyncWrite for Attached {
 async fn begin(host: &StdUnixStream) -> Sender {
     let channel = handshake(attach(host), Nonce::generate());
     let mut channel: HostChannel<_> = timeout(SOON, channel).await.unwrap().unwrap();
-    introduction::say(&mut channel, b"{}").await.unwrap();
+    let init = InitRequest::default();
+    introduction::say(&mut channel, &init).await.unwrap();
     let heard = timeout(SOON, introduction::hear(&mut channel));
-    assert!(!heard.await.unwrap().unwrap().is_empty());
+    assert!(matches!(
+        heard.await.unwrap().unwrap(),
+        Introduced::Became(_)
+    ));
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .initial_connection_window_size(cubicle_protocol::channel::CONNECTION_WINDOW)
         .initial_stream_window_size(cubicle_protocol::channel::STREAM_WINDOW)
@@ -344,7 +349,7 @@ async fn a_port_may_be_opened_for_whoever_asks_for_it() {
     let knocks = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&knocks);
     let doors = Doors {
-        introduce: echo(),
+        introduce: agree(),
         host: Router::new(),
         public: Router::new(),
         knock: Arc::new(move |port| {
@@ -454,7 +459,7 @@ fn the_host_being_away_costs_no_time() {
         let serving = serve(
             port,
             Doors {
-                introduce: echo(),
+                introduce: agree(),
                 host: hello_router(),
                 public: hello_router(),
                 knock: nobody(),

@@ -4,6 +4,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::fd::AsRawFd as _,
+    sync::OnceLock,
 };
 
 /// `struct rand_pool_info` of linux/random.h with room for 32 bytes.
@@ -31,7 +32,7 @@ const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 /// # Errors
 /// Whatever the kernel says; it lets only root do this.
 pub(super) fn mix(secret: &[u8; LEN]) -> io::Result<()> {
-    let device = OpenOptions::new().write(true).open("/dev/urandom")?;
+    let device = device()?;
     let info = PoolInfo {
         // Both fit: they are 256 and 32.
         entropy_count: (LEN * 8) as libc::c_int,
@@ -41,7 +42,18 @@ pub(super) fn mix(secret: &[u8; LEN]) -> io::Result<()> {
     // SAFETY: RNDADDENTROPY reads a `rand_pool_info` and the `buf_size` bytes behind its header,
     // which is what `info` is; it is not changed and outlives the call.
     check(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const info) })?;
-    reseed(&device)
+    reseed(device)
+}
+
+/// The generator. It stays open, also in snapshots: a restored guest, which runs every part of its
+/// code for the first time, has a tenth less to do until it can say that it is there.
+fn device() -> io::Result<&'static File> {
+    static DEVICE: OnceLock<File> = OnceLock::new();
+    if let Some(device) = DEVICE.get() {
+        return Ok(device);
+    }
+    let device = OpenOptions::new().write(true).open("/dev/urandom")?;
+    Ok(DEVICE.get_or_init(|| device))
 }
 
 fn reseed(device: &File) -> io::Result<()> {

@@ -22,9 +22,6 @@ const CLOCK_TOLERANCE: Duration = Duration::from_millis(1);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The request makes no sense.
-    #[error("invalid request: {0}")]
-    Request(String),
     /// The machine id is none.
     #[error("invalid machine id '{0}': 32 lower-case hexadecimal digits are needed")]
     MachineId(String),
@@ -60,21 +57,17 @@ pub enum Error {
     Share(#[from] share::Error),
 }
 
-/// Becomes what an [`InitRequest`] says, and answers with an [`Introduced`].
-pub(crate) async fn introduce(state: &State, request: &[u8]) -> Vec<u8> {
-    let introduced = match become_what(state, request).await {
+/// Becomes what an [`InitRequest`] says, and tells what came of it.
+pub(crate) async fn introduce(state: &State, request: InitRequest) -> Introduced {
+    match become_what(state, request).await {
         Ok(response) => Introduced::Became(response),
         Err(error) => Introduced::Refused(error.to_string()),
-    };
-    // Texts only, which cannot fail.
-    serde_json::to_vec(&introduced).unwrap_or_default()
+    }
 }
 
 /// Does all that an [`InitRequest`] asks for, or fails: a sandbox that is half itself is not to be
 /// used.
-async fn become_what(state: &State, request: &[u8]) -> Result<InitResponse, Error> {
-    let mut request: InitRequest =
-        serde_json::from_slice(request).map_err(|error| Error::Request(error.to_string()))?;
+async fn become_what(state: &State, mut request: InitRequest) -> Result<InitResponse, Error> {
     let mounts = request.mounts.take();
     // Not on another thread: what it writes is in memory, and nobody else is served yet.
     let response = apply(state, request)?;

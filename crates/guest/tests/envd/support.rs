@@ -113,9 +113,9 @@ impl Sandbox {
     }
 
     /// Tells the sandbox who it is, as the host does on the channel.
-    pub(crate) async fn introduce(&self, request: &str) -> Introduced {
-        let answer = (self.introduce)(request.as_bytes().to_vec()).await;
-        serde_json::from_slice(&answer).unwrap()
+    pub(crate) async fn introduce(&self, request: serde_json::Value) -> Introduced {
+        let request = serde_json::from_value(request).unwrap();
+        (self.introduce)(request).await
     }
 
     pub(crate) async fn send(&self, request: Request<Body>) -> Answer {

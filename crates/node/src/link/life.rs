@@ -192,14 +192,11 @@ async fn introduce(
         call: "its introduction",
         reason,
     };
-    let request = serde_json::to_vec(&request).map_err(|error| unreadable(error.to_string()))?;
     let heard = async {
         introduction::say(channel, &request).await?;
         introduction::hear(channel).await
     };
-    let answer = heard.await.map_err(|error| unreadable(error.to_string()))?;
-    let introduced: Introduced =
-        serde_json::from_slice(&answer).map_err(|error| unreadable(error.to_string()))?;
+    let introduced = heard.await.map_err(|error| unreadable(error.to_string()))?;
     let response = match introduced {
         Introduced::Became(response) => response,
         Introduced::Refused(message) => {

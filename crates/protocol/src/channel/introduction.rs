@@ -1,12 +1,15 @@
 //! What is said first in a life, before HTTP/2: who the guest is now.
 //!
-//! Each side says one message: the host who the guest is to be, the guest whether it is that now. A
-//! message is its length, 32 bits and big-endian, and so many bytes. It is not HTTP because of what
-//! that costs at the one moment when it counts: a restored guest runs every part of its code for the
-//! first time, and until it has said this nobody can use it.
+//! Each side says one message: the host who the guest is to be
+//! ([`InitRequest`](crate::guest_api::InitRequest)), the guest whether it is that now
+//! ([`Introduced`](crate::guest_api::Introduced)). A message is its length, 32 bits and big-endian, and
+//! so many bytes of postcard. It is neither HTTP nor JSON because of what those cost at the one moment
+//! when it counts: a restored guest runs every part of its code for the first time, and until it has
+//! said this nobody can use it.
 
 use std::io;
 
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 /// Longest message, in bytes: an environment is the largest thing in it.
@@ -17,17 +20,17 @@ pub const MAX_LEN: u32 = 8 << 20;
 /// # Errors
 /// [`io::ErrorKind::InvalidInput`] if it is longer than [`MAX_LEN`]; or if the other side cannot be
 /// written to.
-pub async fn say<T>(io: &mut T, message: &[u8]) -> io::Result<()>
+pub async fn say<T>(io: &mut T, message: &impl Serialize) -> io::Result<()>
 where
     T: AsyncWrite + Unpin,
 {
-    let len = u32::try_from(message.len())
+    let invalid = |error| io::Error::new(io::ErrorKind::InvalidInput, error);
+    let mut framed = postcard::to_extend(message, vec![0; 4]).map_err(invalid)?;
+    let len = u32::try_from(framed.len() - 4)
         .ok()
         .filter(|len| *len <= MAX_LEN);
     let len = len.ok_or(io::ErrorKind::InvalidInput)?;
-    let mut framed = Vec::with_capacity(4 + message.len());
-    framed.extend_from_slice(&len.to_be_bytes());
-    framed.extend_from_slice(message);
+    framed[..4].copy_from_slice(&len.to_be_bytes());
     io.write_all(&framed).await?;
     io.flush().await
 }
@@ -35,10 +38,11 @@ where
 /// Hears what the other side says, and not a byte more.
 ///
 /// # Errors
-/// [`io::ErrorKind::InvalidData`] if it is longer than [`MAX_LEN`]; or if the other side cannot be
-/// read from, or ends.
-pub async fn hear<T>(io: &mut T) -> io::Result<Vec<u8>>
+/// [`io::ErrorKind::InvalidData`] if it is longer than [`MAX_LEN`] or no such message; or if the other
+/// side cannot be read from, or ends.
+pub async fn hear<M, T>(io: &mut T) -> io::Result<M>
 where
+    M: DeserializeOwned,
     T: AsyncRead + Unpin,
 {
     let len = io.read_u32().await?;
@@ -47,7 +51,8 @@ where
     }
     let mut message = vec![0; len as usize];
     io.read_exact(&mut message).await?;
-    Ok(message)
+    postcard::from_bytes(&message)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 #[cfg(test)]
@@ -61,11 +66,11 @@ mod tests {
         let sent = message.clone();
         tokio::spawn(async move {
             say(&mut near, &sent).await.unwrap();
-            say(&mut near, b"").await.unwrap();
+            say(&mut near, &()).await.unwrap();
             near.write_all(b"PRI *").await.unwrap();
         });
-        assert_eq!(hear(&mut far).await.unwrap(), message);
-        assert_eq!(hear(&mut far).await.unwrap(), b"");
+        assert_eq!(hear::<Vec<u8>, _>(&mut far).await.unwrap(), message);
+        hear::<(), _>(&mut far).await.unwrap();
         let mut rest = String::new();
         far.read_to_string(&mut rest).await.unwrap();
         assert_eq!(rest, "PRI *");
@@ -75,13 +80,16 @@ mod tests {
     async fn a_length_that_nobody_means_is_refused() {
         let (mut near, mut far) = tokio::io::duplex(16);
         near.write_all(&[0xff; 4]).await.unwrap();
-        let refused = hear(&mut far).await.unwrap_err();
+        let refused = hear::<String, _>(&mut far).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
+        near.write_all(&[0, 0, 0, 2, 9, b'?']).await.unwrap();
+        let cut_short = hear::<String, _>(&mut far).await.unwrap_err();
+        assert_eq!(cut_short.kind(), io::ErrorKind::InvalidData);
         drop(near);
-        let ended = hear(&mut far).await.unwrap_err();
+        let ended = hear::<String, _>(&mut far).await.unwrap_err();
         assert_eq!(ended.kind(), io::ErrorKind::UnexpectedEof);
         let (mut near, _far) = tokio::io::duplex(16);
-        let long = vec![0; MAX_LEN as usize + 1];
+        let long = vec![0_u8; MAX_LEN as usize + 1];
         let refused = say(&mut near, &long).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
     }

@@ -30,7 +30,7 @@ pub use detector::{Detector, Event};
 pub use stuffer::{Run, Stuffer};
 
 /// Version of everything below HTTP/2. Both sides must speak the same one.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Marks a Hello, a Reply, or, followed by `0x00`, itself.
 ///

@@ -134,9 +134,8 @@ impl Life {
         tasks.spawn(async move {
             let mut far = far;
             let heard = introduction::hear(&mut far).await.ok()?;
-            let introduced = introduce(&connection, &heard);
-            let said = serde_json::to_vec(&introduced).ok()?;
-            introduction::say(&mut far, &said).await.ok()?;
+            let introduced = introduce(&connection, heard);
+            introduction::say(&mut far, &introduced).await.ok()?;
             let requests = service_fn(move |request| {
                 let connection = Arc::clone(&connection);
                 async move { Ok::<_, Infallible>(answer(&connection, request).await) }
@@ -198,14 +197,10 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Response
     }
 }
 
-fn introduce(connection: &Connection, request: &[u8]) -> Introduced {
+fn introduce(connection: &Connection, init: InitRequest) -> Introduced {
     if connection.world.behaviour().refuses_init {
         return Introduced::Refused("told to refuse".to_owned());
     }
-    let init: InitRequest = match serde_json::from_slice(request) {
-        Ok(init) => init,
-        Err(error) => return Introduced::Refused(error.to_string()),
-    };
     let before = remembered(&connection.memory);
     let nonce = init.nonce.or_else(|| before.nonce.clone());
     let state = State {

@@ -16,6 +16,7 @@ use cubicle_image::{
 use cubicle_protocol::{
     CHANNEL_PORT_NAME,
     channel::{Nonce, host, introduction},
+    guest_api::{InitRequest, Introduced},
 };
 use cubicle_vmm::tsc;
 use http_body_util::{BodyExt as _, Full};
@@ -153,11 +154,17 @@ impl Machine {
             }
         };
         let broken = |error: std::io::Error| format!("the guest's channel: {error}");
-        let init = json!({ "defaultUser": "user" }).to_string();
-        introduction::say(&mut channel, init.as_bytes())
+        let init = InitRequest {
+            default_user: Some("user".to_owned()),
+            ..InitRequest::default()
+        };
+        introduction::say(&mut channel, &init)
             .await
             .map_err(broken)?;
-        introduction::hear(&mut channel).await.map_err(broken)?;
+        let introduced = introduction::hear(&mut channel).await.map_err(broken)?;
+        if let Introduced::Refused(why) = introduced {
+            return Err(why);
+        }
         let (mut sender, connection) =
             http2::handshake(TokioExecutor::new(), TokioIo::new(channel))
                 .await
