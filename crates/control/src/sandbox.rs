@@ -212,7 +212,7 @@ impl Sandboxes {
     }
 
     /// What a sandbox used, sampled every few seconds, oldest first, both ends included. Half an
-    /// hour is kept. One that has done nothing yet is sampled now.
+    /// hour is kept. One that has done something since its last is sampled now.
     pub async fn metrics(
         &self,
         id: &SandboxId,
@@ -220,12 +220,12 @@ impl Sandboxes {
         end: Option<OffsetDateTime>,
     ) -> Result<Vec<Sample>> {
         let entry = self.inner.visible(id)?;
-        sampler::at_least_one(&self.inner, [&entry]).await;
+        sampler::catch_up(&self.inner, [&entry]).await;
         Ok(entry.samples(start, end))
     }
 
-    /// The latest sample of each of these sandboxes, which are sampled now if they have none, or of
-    /// all that have one.
+    /// The latest sample of each of these sandboxes, which are sampled now if they have done
+    /// something since, or of all that have one.
     pub async fn latest_metrics(&self, ids: Option<&[SandboxId]>) -> BTreeMap<SandboxId, Sample> {
         let entries = match ids {
             Some(ids) => ids
@@ -235,7 +235,7 @@ impl Sandboxes {
             None => self.inner.registry.entries(),
         };
         if ids.is_some() {
-            sampler::at_least_one(&self.inner, &entries).await;
+            sampler::catch_up(&self.inner, &entries).await;
         }
         entries
             .into_iter()
