@@ -1,16 +1,16 @@
 //! A program that has started once and continues as many processes.
 //!
 //! QEMU spends most of its start before it looks at its arguments: 50 libraries are mapped and
-//! linked, 12 MiB of pointers relocated, 1,400 types of devices registered. A *zygote* is a QEMU
+//! linked, 12 MiB of pointers relocated, all types of devices registered. A *zygote* is a QEMU
 //! that has done all that and waits at the door of `main`. Asked to, it forks; the child confines
-//! itself, gets arguments and descriptors, and goes on into `main` as one VM. Its start takes a third
-//! of the time, and what was written up to there, 7 MiB, is shared by all VMs of a node.
+//! itself, gets arguments and descriptors, and goes on into `main` as one VM. Its start takes less
+//! than half the time, and what was written up to there, 7 MB, is shared by all VMs of a node.
 //!
 //! This crate is both ends of that. The server uses it as an ordinary library: [`Request`] is what a
 //! zygote is asked for, [`Reply`] and [`Ending`] are its answers. The same crate, built as a shared
 //! library with the feature `preload`, is what the dynamic linker loads into the program
-//! (`LD_PRELOAD`); `preload` takes the place of the C library's entry, `confine` is what a child does
-//! to itself. `cubicle-vmm` builds that library and puts it into the root that VMs see.
+//! (`LD_PRELOAD`): `preload` takes the place of the C library's entry, `confine` is what a child does
+//! to itself, `thrift` keeps QEMU from what each child would pay for. `cubicle-vmm` builds that library and puts it into the root that VMs see.
 //!
 //! Protocol: the zygote's standard input is a `SOCK_SEQPACKET` socket. It says [`READY`] when it is
 //! ready, then each message it gets is a [`Request`] with its descriptors, of which the first is a
@@ -36,6 +36,11 @@ mod confine;
 )]
 mod preload;
 mod request;
+#[cfg_attr(
+    not(feature = "preload"),
+    allow(dead_code, reason = "what the preloaded library does")
+)]
+mod thrift;
 
 pub use confine::STEPS;
 pub use request::{Ending, Reply, Request};

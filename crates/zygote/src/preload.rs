@@ -15,6 +15,7 @@ use std::{
 use crate::{
     Ending, MAX_DESCRIPTORS, MAX_REQUEST, NAME, READY, Reply, Request, WARM,
     confine::{self, FORK, READ, RUN, Received},
+    thrift,
 };
 
 type Main = extern "C" fn(c_int, *mut *mut c_char, *mut *mut c_char) -> c_int;
@@ -126,7 +127,7 @@ fn prepare() -> io::Result<OwnedFd> {
     // SAFETY: the limit is valid for the call.
     check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files) })?;
     if warm {
-        register_types();
+        thrift::register_types();
     }
     // SAFETY: an all-zero `sigset_t` is a valid place for a set.
     let mut children: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -148,32 +149,6 @@ fn prepare() -> io::Result<OwnedFd> {
     check(signals)?;
     // SAFETY: it was just opened and is nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(signals) })
-}
-
-/// Has QEMU register its types and fill in their classes now, rather than in each child: 5 ms and
-/// 2 MiB of each. Both functions do nothing when they are called again by `main`. A program that does
-/// not have them is left as it is.
-///
-/// `module_call_init` is of QEMU's `include/qemu/module.h`, and `MODULE_INIT_QOM` the fourth of its
-/// kinds; `object_class_get_list` of `include/qom/object.h`: it fills in the classes that it lists.
-fn register_types() {
-    const MODULE_INIT_QOM: c_int = 3;
-    type CallInit = unsafe extern "C" fn(c_int);
-    type GetList = unsafe extern "C" fn(*const c_char, bool) -> *mut c_void;
-    // SAFETY: the names are C strings.
-    let (call_init, get_list) = unsafe {
-        let find = |name: &CStr| libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr());
-        (find(c"module_call_init"), find(c"object_class_get_list"))
-    };
-    if call_init.is_null() || get_list.is_null() {
-        return;
-    }
-    // SAFETY: QEMU's functions of these names have these types. The list is not freed, as little as
-    // what it lists.
-    unsafe {
-        std::mem::transmute::<*mut c_void, CallInit>(call_init)(MODULE_INIT_QOM);
-        std::mem::transmute::<*mut c_void, GetList>(get_list)(c"object".as_ptr(), true);
-    }
 }
 
 fn check(result: c_int) -> io::Result<()> {
