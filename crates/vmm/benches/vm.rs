@@ -10,16 +10,11 @@ mod support;
 
 use std::{
     collections::BTreeMap,
-    os::unix::process::CommandExt as _,
-    process::Command,
     time::{Duration, Instant},
 };
 
 use cubicle_vmm::Hypervisor as _;
 use support::{Conversation, Dir, driver, template};
-
-/// Argument with which this program becomes a launcher that executes another one.
-const LAUNCHER: &str = "--as-launcher";
 
 #[derive(Default)]
 struct Measurements(BTreeMap<&'static str, Vec<Duration>>);
@@ -43,27 +38,9 @@ impl Measurements {
     }
 }
 
-fn spawned(command: &mut Command) -> Duration {
-    let started = Instant::now();
-    assert!(command.status().unwrap().success());
-    started.elapsed()
-}
-
 async fn measure(runs: usize) {
     let mut all = Measurements::default();
     let (driver, dir, snapshot) = (driver().await, Dir::new(), template().await);
-    let own = std::env::current_exe().unwrap();
-    for _ in 0..runs {
-        all.add(
-            "process: /bin/true",
-            spawned(&mut Command::new("/bin/true")),
-        );
-        let mut launcher = Command::new(&own);
-        all.add(
-            "process: /bin/true by re-executing ourselves",
-            spawned(launcher.arg(LAUNCHER)),
-        );
-    }
     for _ in 0..runs {
         let mut spec = dir.spec(snapshot.boot());
         spec.start = false;
@@ -111,12 +88,8 @@ async fn measure(runs: usize) {
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.iter().any(|argument| argument == LAUNCHER) {
-        panic!("{}", Command::new("/bin/true").exec());
-    }
-    let runs = arguments
-        .iter()
+    // Cargo adds options of its own.
+    let runs = std::env::args()
         .find_map(|argument| argument.parse().ok())
         .unwrap_or(15);
     let runtime = tokio::runtime::Builder::new_multi_thread()

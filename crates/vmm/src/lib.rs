@@ -4,9 +4,9 @@
 //! Two drivers: [`qemu`], real VMs under KVM or software emulation, and [`fake`], VMs in memory
 //! whose in-process guest answers the real channel protocol, for tests of everything above.
 //!
-//! This crate owns the VM's process and whatever exists on the host for that process alone: its
-//! run directory, sockets, logs and cgroup. It owns neither disks nor memory images nor network
-//! namespaces; it is handed those.
+//! This crate owns the VM's process, the zygote that it is forked from, and whatever exists on the host
+//! for that process alone: its run directory, sockets, logs and cgroup. It owns neither disks nor memory
+//! images nor network namespaces; it is handed those.
 //!
 //! Invariants:
 //! - A VM outlives the process that started it. Dropping a [`Vm`] handle changes nothing; only

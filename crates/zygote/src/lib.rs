@@ -18,8 +18,7 @@
 //! and was reaped, an [`Ending`]. A zygote whose socket is closed ends; its children live on.
 //!
 //! Invariants:
-//! - Nothing of a request is seen by the zygote itself or by another child: it is taken apart after
-//!   the fork.
+//! - A request holds no secret: what is left of it in the zygote's memory is in every later child's.
 //! - A child runs none of the program's code before it is confined, and has one thread until then: the
 //!   program's own fork handlers, which start threads, come last.
 //! - The zygote reads nothing that a VM can write. It is root, in the jail, with the capabilities

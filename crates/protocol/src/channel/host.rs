@@ -10,7 +10,9 @@ use std::{
 use memchr::memmem;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{ESCAPE, Error, HELLO_LEN, Hello, MAGIC, Nonce, REPLY, Stuffer, VERSION};
+use super::{
+    ESCAPE, Error, HELLO_LEN, Hello, MAGIC, Nonce, REPLY, Stuffer, VERSION, VERSION_WITH_JSON,
+};
 
 /// Most slices of one vectored write that are looked at.
 const MAX_SLICES: usize = 32;
@@ -55,10 +57,13 @@ where
             return Err(Error::Closed);
         }
         match find_reply(&seen, nonce) {
-            Search::Found { reply, end } if reply.version == VERSION => {
+            Search::Found { reply, end }
+                if [VERSION, VERSION_WITH_JSON].contains(&reply.version) =>
+            {
                 seen.drain(..end);
                 return Ok(HostChannel {
                     io,
+                    version: reply.version,
                     early: seen,
                     early_read: 0,
                     stuffer: Stuffer::new(),
@@ -154,6 +159,7 @@ fn find_reply(seen: &[u8], nonce: Nonce) -> Search {
 #[derive(Debug)]
 pub struct HostChannel<T> {
     io: T,
+    version: u16,
     /// What came behind the Reply in the same read.
     early: Vec<u8>,
     early_read: usize,
@@ -162,6 +168,12 @@ pub struct HostChannel<T> {
 }
 
 impl<T> HostChannel<T> {
+    /// Version of the protocol that the guest speaks: [`VERSION`] or [`VERSION_WITH_JSON`].
+    #[must_use]
+    pub fn version(&self) -> u16 {
+        self.version
+    }
+
     /// The stream underneath.
     #[must_use]
     pub fn get_ref(&self) -> &T {

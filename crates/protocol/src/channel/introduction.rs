@@ -25,10 +25,26 @@ where
     T: AsyncWrite + Unpin,
 {
     let invalid = |error| io::Error::new(io::ErrorKind::InvalidInput, error);
-    let mut framed = postcard::to_extend(message, vec![0; 4]).map_err(invalid)?;
-    let len = u32::try_from(framed.len() - 4)
-        .ok()
-        .filter(|len| *len <= MAX_LEN);
+    say_bytes(
+        io,
+        postcard::to_extend(message, vec![0; 4]).map_err(invalid)?,
+    )
+    .await
+}
+
+/// Says a message of another format, in a buffer whose first four bytes are left for its length.
+///
+/// # Errors
+/// As [`say`].
+pub async fn say_bytes<T>(io: &mut T, mut framed: Vec<u8>) -> io::Result<()>
+where
+    T: AsyncWrite + Unpin,
+{
+    let len = framed
+        .len()
+        .checked_sub(4)
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    let len = u32::try_from(len).ok().filter(|len| *len <= MAX_LEN);
     let len = len.ok_or(io::ErrorKind::InvalidInput)?;
     framed[..4].copy_from_slice(&len.to_be_bytes());
     io.write_all(&framed).await?;
@@ -45,14 +61,26 @@ where
     M: DeserializeOwned,
     T: AsyncRead + Unpin,
 {
+    let message = hear_bytes(io).await?;
+    postcard::from_bytes(&message)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Hears a message of another format.
+///
+/// # Errors
+/// As [`hear`].
+pub async fn hear_bytes<T>(io: &mut T) -> io::Result<Vec<u8>>
+where
+    T: AsyncRead + Unpin,
+{
     let len = io.read_u32().await?;
     if len > MAX_LEN {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let mut message = vec![0; len as usize];
     io.read_exact(&mut message).await?;
-    postcard::from_bytes(&message)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    Ok(message)
 }
 
 #[cfg(test)]
