@@ -50,9 +50,6 @@ const CAPABILITIES: [c_int; 4] = [
     21, // CAP_SYS_ADMIN
 ];
 
-/// Highest capability number the kernel may know; unknown ones are refused, which ends the loop.
-const LAST_CAPABILITY: c_int = 63;
-
 /// A process to start, and how confined.
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
@@ -358,16 +355,7 @@ fn confine(namespaces: &[(OwnedFd, LinkNameSpaceType)]) -> io::Result<()> {
         )
     };
     check(if marked < 0 { -1 } else { 0 })?;
-    for capability in (0..=LAST_CAPABILITY).filter(|at| !CAPABILITIES.contains(at)) {
-        // SAFETY: takes no pointers.
-        let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
-        // Past the last that this kernel knows; the first one always exists.
-        if dropped < 0 && capability > 0 {
-            break;
-        }
-        check(dropped)?;
-    }
-    Ok(())
+    cubicle_zygote::drop_capabilities(&CAPABILITIES)
 }
 
 /// The kernel's `struct sigaction` on x86-64; the C library's differs. All zero: the default action.
@@ -400,6 +388,20 @@ mod tests {
         );
         let jail = Jail::build(Path::new(program), &[], &[]).unwrap();
         Zygotes::open(program.into(), jail).unwrap()
+    }
+
+    /// Copies its input, in an empty network.
+    fn cat_plan<'a>(input: &'a impl AsFd, output: &'a impl AsFd) -> Plan<'a> {
+        Plan {
+            arguments: vec![c"cat".into()],
+            input: input.as_fd(),
+            output: output.as_fd(),
+            inherit: Vec::new(),
+            network_namespace: None,
+            uid: 234_567,
+            groups: Vec::new(),
+            limits: Vec::new(),
+        }
     }
 
     /// Runs the program to its end, as a user of its own; returns how it ended and what it printed.
@@ -476,14 +478,8 @@ mod tests {
         let cat = zygotes("/bin/cat");
         let file = fs::File::open("/dev/null").unwrap();
         let plan = Plan {
-            arguments: vec![c"cat".into()],
-            input: file.as_fd(),
-            output: file.as_fd(),
-            inherit: Vec::new(),
             network_namespace: Some(file.as_fd()),
-            uid: 234_567,
-            groups: Vec::new(),
-            limits: Vec::new(),
+            ..cat_plan(&file, &file)
         };
         let failure = cat.fork(&plan).unwrap_err();
         assert_eq!(failure.step, "enter its network namespace");
@@ -498,16 +494,7 @@ mod tests {
         let cat = zygotes("/bin/cat");
         let (stdin, writer) = io::pipe().unwrap();
         let null = fs::File::open("/dev/null").unwrap();
-        let plan = Plan {
-            arguments: vec![c"cat".into()],
-            input: stdin.as_fd(),
-            output: null.as_fd(),
-            inherit: Vec::new(),
-            network_namespace: None,
-            uid: 234_567,
-            groups: Vec::new(),
-            limits: Vec::new(),
-        };
+        let plan = cat_plan(&stdin, &null);
         let child = cat.fork(&plan).unwrap();
         let first = cat.current().unwrap();
         first.process.kill().unwrap();

@@ -2,7 +2,7 @@
 //! and limits, no capability, no way to gain one, and only the descriptors it was given.
 
 use std::{
-    ffi::{c_int, c_long, c_uint},
+    ffi::{c_int, c_uint},
     io,
     os::fd::RawFd,
     ptr,
@@ -32,7 +32,7 @@ pub(crate) const FORK: u32 = 1;
 pub(crate) const RUN: u32 = 11;
 
 /// Highest capability number the kernel may know; unknown ones are refused, which ends the loop.
-const LAST_CAPABILITY: c_long = 63;
+const LAST_CAPABILITY: c_int = 63;
 
 /// The descriptors of a request, as they were received.
 pub(crate) struct Received<'a> {
@@ -71,7 +71,7 @@ pub(crate) fn enter(request: &Request, received: &Received<'_>) -> Result<RawFd,
         .iter()
         .try_for_each(|&(what, value)| limit(what, value)))?;
     at(close_all_but(&request.inherit, report))?;
-    at(drop_bounding_set())?;
+    at(drop_capabilities(&[]).and_then(|()| clear_ambient_set()))?;
     at(change_user(request.uid, &request.groups))?;
     // SAFETY: takes no pointers.
     at(check(unsafe {
@@ -81,7 +81,7 @@ pub(crate) fn enter(request: &Request, received: &Received<'_>) -> Result<RawFd,
     Ok(report)
 }
 
-fn check(result: c_int) -> io::Result<()> {
+pub(crate) fn check(result: c_int) -> io::Result<()> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -150,8 +150,13 @@ fn gaps(mut keep: Vec<c_uint>) -> Vec<(c_uint, c_uint)> {
     gaps
 }
 
-fn drop_bounding_set() -> io::Result<()> {
-    for capability in 0..=LAST_CAPABILITY {
+/// Gives up all capabilities but these for what this process executes: drops them from its bounding set.
+/// Nothing but system calls, so that it may run between a fork and an execution.
+///
+/// # Errors
+/// What the kernel says; it lets only who has `CAP_SETPCAP` do this.
+pub fn drop_capabilities(keep: &[c_int]) -> io::Result<()> {
+    for capability in (0..=LAST_CAPABILITY).filter(|capability| !keep.contains(capability)) {
         // SAFETY: takes no pointers.
         let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
         // Past the last that this kernel knows; the first one always exists.
@@ -160,6 +165,10 @@ fn drop_bounding_set() -> io::Result<()> {
         }
         check(dropped)?;
     }
+    Ok(())
+}
+
+fn clear_ambient_set() -> io::Result<()> {
     // SAFETY: takes no pointers.
     check(unsafe {
         libc::prctl(

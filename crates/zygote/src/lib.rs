@@ -10,7 +10,8 @@
 //! zygote is asked for, [`Reply`] and [`Ending`] are its answers. The same crate, built as a shared
 //! library with the feature `preload`, is what the dynamic linker loads into the program
 //! (`LD_PRELOAD`): `preload` takes the place of the C library's entry, `confine` is what a child does
-//! to itself, `thrift` keeps QEMU from what each child would pay for. `cubicle-vmm` builds that library and puts it into the root that VMs see.
+//! to itself, `thrift` keeps QEMU from what each child would pay for. `cubicle-vmm` builds that library and
+//! puts it into the root that VMs see.
 //!
 //! Protocol: the zygote's standard input is a `SOCK_SEQPACKET` socket. It says [`READY`] when it is
 //! ready, then each message it gets is a [`Request`] with its descriptors, of which the first is a
@@ -24,24 +25,15 @@
 //! - The zygote reads nothing that a VM can write. It is root, in the jail, with the capabilities
 //!   that confining its children takes.
 
-#[cfg_attr(
-    not(feature = "preload"),
-    allow(dead_code, reason = "what the preloaded library does")
-)]
+// Without the feature, nobody calls what the preloaded library does.
+#![cfg_attr(not(feature = "preload"), allow(dead_code))]
+
 mod confine;
-#[cfg_attr(
-    not(feature = "preload"),
-    allow(dead_code, reason = "what the preloaded library does")
-)]
 mod preload;
 mod request;
-#[cfg_attr(
-    not(feature = "preload"),
-    allow(dead_code, reason = "what the preloaded library does")
-)]
 mod thrift;
 
-pub use confine::STEPS;
+pub use confine::{STEPS, drop_capabilities};
 pub use request::{Ending, Reply, Request};
 
 /// What a zygote says when it waits for requests.

@@ -14,7 +14,7 @@ use std::{
 
 use crate::{
     Ending, MAX_DESCRIPTORS, MAX_REQUEST, NAME, READY, Reply, Request, WARM,
-    confine::{self, FORK, READ, RUN, Received},
+    confine::{self, FORK, READ, RUN, Received, check},
     thrift,
 };
 
@@ -110,9 +110,9 @@ extern "C" fn wait(argc: c_int, argv: *mut *mut c_char, _environment: *mut *mut 
 /// Sets the process up; returns a descriptor that tells of children that ended.
 fn prepare() -> io::Result<OwnedFd> {
     let warm = std::env::var_os(WARM).is_some();
-    for name in [c"LD_PRELOAD", c"LD_BIND_NOW", c"CUBICLE_ZYGOTE_WARM"] {
-        // SAFETY: one thread reads and writes the environment, and the name is a C string.
-        unsafe { libc::unsetenv(name.as_ptr()) };
+    for name in ["LD_PRELOAD", "LD_BIND_NOW", WARM] {
+        // SAFETY: one thread reads and writes the environment.
+        unsafe { std::env::remove_var(name) };
     }
     // SAFETY: the name is a C string.
     check(unsafe { libc::prctl(libc::PR_SET_NAME, NAME.as_ptr()) })?;
@@ -149,13 +149,6 @@ fn prepare() -> io::Result<OwnedFd> {
     check(signals)?;
     // SAFETY: it was just opened and is nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(signals) })
-}
-
-fn check(result: c_int) -> io::Result<()> {
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 /// Answers requests, until there can be no more.
