@@ -473,6 +473,30 @@ mod tests {
         assert_eq!(listed.lines().count(), 5, "{listed}");
     }
 
+    /// Numbers are the server's, and may be any, those under which the zygote received what it was sent
+    /// among them.
+    #[tokio::test]
+    async fn inherited_numbers_may_be_any() {
+        let cat = zygotes("/bin/cat");
+        let null = fs::File::open("/dev/null").unwrap();
+        let request = Request {
+            uid: 234_567,
+            groups: Vec::new(),
+            limits: Vec::new(),
+            inherit: (3..30).collect(),
+            arguments: vec![c"cat".into()],
+        };
+        let (replies, theirs) = UnixStream::pair().unwrap();
+        let own = [theirs.as_fd(), cat.jail.empty_network.as_fd()];
+        let rest = vec![null.as_fd(); 2 + request.inherit.len()];
+        let zygote = cat.current().unwrap();
+        zygote
+            .ask(&request.encode(), &[&own[..], &rest].concat())
+            .unwrap();
+        let (reply, _) = reply(&replies).unwrap();
+        assert!(matches!(reply, Reply::Forked { .. }), "{reply:?}");
+    }
+
     #[tokio::test]
     async fn a_step_that_fails_is_named_and_leaves_no_process() {
         let cat = zygotes("/bin/cat");

@@ -60,11 +60,11 @@ pub(crate) fn enter(request: &Request, received: &Received<'_>) -> Result<RawFd,
     // SAFETY: takes no pointers.
     at(check(unsafe { libc::setsid() }))?;
     let placed = place(request, received);
-    let report = *placed.as_ref().unwrap_or(&-1);
+    let (network_namespace, report) = *placed.as_ref().unwrap_or(&(-1, -1));
     at(placed.map(drop))?;
     // SAFETY: takes no pointers.
     at(check(unsafe {
-        libc::setns(received.network_namespace, libc::CLONE_NEWNET)
+        libc::setns(network_namespace, libc::CLONE_NEWNET)
     }))?;
     at(request
         .limits
@@ -89,8 +89,9 @@ pub(crate) fn check(result: c_int) -> io::Result<()> {
 }
 
 /// Gives the received descriptors their numbers. They are moved above all of those first, lest one
-/// be replaced before it has moved.
-fn place(request: &Request, received: &Received<'_>) -> io::Result<RawFd> {
+/// be replaced before it has moved or is used. Returns where the network namespace and the report
+/// are now.
+fn place(request: &Request, received: &Received<'_>) -> io::Result<(RawFd, RawFd)> {
     let above = request
         .inherit
         .iter()
@@ -106,12 +107,13 @@ fn place(request: &Request, received: &Received<'_>) -> io::Result<RawFd> {
     for (&fd, &number) in received.inherit.iter().zip(&request.inherit) {
         moves.push((aside(fd)?, number));
     }
+    let network_namespace = aside(received.network_namespace)?;
     let report = aside(received.report)?;
     for (from, to) in moves {
         // SAFETY: takes no pointers; the new descriptor survives no execution that is not asked for.
         check(unsafe { libc::dup2(from, to) })?;
     }
-    Ok(report)
+    Ok((network_namespace, report))
 }
 
 fn limit(what: c_uint, value: u64) -> io::Result<()> {
