@@ -5,6 +5,7 @@ use std::{
     fs::File,
     os::fd::AsRawFd as _,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use cubicle_ids::SnapshotId;
@@ -27,6 +28,8 @@ pub(crate) struct Flush {
     pub(crate) parts: Vec<String>,
     /// Its ancestors, nearest first, whether they are there or not.
     pub(crate) lineage: Vec<SnapshotId>,
+    /// Not to be flushed before.
+    pub(crate) due: Instant,
 }
 
 /// A snapshot to compare with its checksums.
@@ -99,6 +102,10 @@ impl Known {
 pub(crate) fn work(job: Job, known: &mut Known, stop: &Stop) -> Option<Done> {
     match job {
         Job::Flush(job) => {
+            stop.wait(job.due.saturating_duration_since(Instant::now()));
+            if stop.is_set() {
+                return None;
+            }
             let outcome = flush(&job, known, stop).transpose()?;
             Some(Done::Flushed {
                 id: job.id,

@@ -2,12 +2,9 @@
 
 use std::{
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread::JoinHandle,
+    time::Duration,
 };
 
 /// How much nicer than the rest a worker is: a VM that waits for a CPU goes first.
@@ -15,12 +12,28 @@ const NICENESS: i32 = 15;
 
 /// Asked by long work whether it should go on.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Stop(Arc<AtomicBool>);
+pub(crate) struct Stop(Arc<(Mutex<bool>, Condvar)>);
 
 impl Stop {
     /// Whether the worker has been told to stop.
     pub(crate) fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        *self.lock()
+    }
+
+    /// Waits for that time or until the worker is told to stop.
+    pub(crate) fn wait(&self, time: Duration) {
+        let (_, changed) = &*self.0;
+        // Whichever it was, the caller asks.
+        let _ = changed.wait_timeout_while(self.lock(), time, |set| !*set);
+    }
+
+    fn set(&self) {
+        *self.lock() = true;
+        self.0.1.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -68,7 +81,7 @@ impl<J: Send + 'static> Worker<J> {
 
     /// Stops at the next opportunity; jobs that wait are dropped. Blocking until then.
     pub(crate) fn stop(&mut self) {
-        self.stop.0.store(true, Ordering::Relaxed);
+        self.stop.set();
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -78,6 +91,6 @@ impl<J: Send + 'static> Worker<J> {
 
 impl<J> Drop for Worker<J> {
     fn drop(&mut self) {
-        self.stop.0.store(true, Ordering::Relaxed);
+        self.stop.set();
     }
 }

@@ -266,7 +266,6 @@ async fn a_temporary_snapshot_does_not_outlive_its_program() {
     fill(&draft, 4);
     let manifest = manifest(&draft, SnapshotKind::Temporary);
     let snapshot = draft.publish(manifest).await.unwrap();
-    store.wait_durable(&temporary).await.unwrap();
     store.close().await;
     let (store, report) = data.open().await;
     assert_eq!(report.temporary_removed, std::slice::from_ref(&temporary));

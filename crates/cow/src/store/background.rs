@@ -3,6 +3,7 @@
 use std::{
     io,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use crate::{
@@ -20,12 +21,18 @@ pub(super) struct Background {
     flusher: Arc<Mutex<Worker<Job>>>,
 }
 
+/// How long after it was published a snapshot is flushed. A flush keeps a disk busy for tens of
+/// milliseconds, and who has just made a snapshot may be restoring it.
+pub(super) const FLUSH_DELAY: Duration = Duration::from_millis(300);
+
 /// A snapshot that was just published, or found not to be durable.
 #[derive(Debug)]
 pub(super) struct Published {
     pub(super) job: Flush,
     /// It was published just now, and may be restored next.
     pub(super) new: bool,
+    /// Whether it is to survive its program.
+    pub(super) lasting: bool,
 }
 
 impl Background {
@@ -40,7 +47,7 @@ impl Background {
         let flusher = Arc::new(Mutex::new(flusher));
         let next = Arc::clone(&flusher);
         let warmer = Worker::start("snapshot-warm", move |published: Published, stop| {
-            let Published { job, new } = published;
+            let Published { job, new, lasting } = published;
             let image = job.dir.join(MEMORY);
             if new
                 && let Err(error) =
@@ -50,9 +57,11 @@ impl Background {
                 tracing::debug!(snapshot = %job.id, %error, "not read ahead");
             }
             begin_write_back(&image);
-            next.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(Job::Flush(job));
+            if lasting {
+                next.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(Job::Flush(job));
+            }
         })?;
         Ok(Self { warmer, flusher })
     }

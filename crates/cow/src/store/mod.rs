@@ -31,7 +31,7 @@ use tokio::{
 
 pub use self::sizes::Sizes;
 use self::{
-    background::{Background, Published},
+    background::{Background, FLUSH_DELAY, Published},
     sizes::SizeCache,
 };
 use crate::{
@@ -39,7 +39,7 @@ use crate::{
     catalog::Catalog,
     error::{Context as _, Error, Result},
     flush::{Check, Done, Flush},
-    manifest::Manifest,
+    manifest::{Manifest, SnapshotKind},
     memory,
     reflink::Support,
     snapshot::{SnapshotEntry, SnapshotState},
@@ -277,8 +277,10 @@ impl Store {
         self.inner.snapshots.join(id.as_str())
     }
 
-    /// Has a snapshot flushed, and the working set of its memory read ahead if it is new.
+    /// Has a snapshot flushed, unless it is temporary, and the working set of its memory read ahead if
+    /// it is new.
     fn finish_later(&self, manifest: &Manifest, new: bool) {
+        let now = Instant::now();
         let parts = manifest.parts.iter().map(|part| part.name.clone());
         let job = Flush {
             id: manifest.id.clone(),
@@ -290,12 +292,14 @@ impl Store {
                 .chain(&manifest.lineage)
                 .cloned()
                 .collect(),
+            due: if new { now + FLUSH_DELAY } else { now },
         };
+        let lasting = manifest.kind != SnapshotKind::Temporary;
         self.inner
             .background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(Published { job, new });
+            .push(Published { job, new, lasting });
     }
 
     /// Has a snapshot compared with its checksums.

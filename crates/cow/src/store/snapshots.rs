@@ -105,7 +105,7 @@ impl Store {
         list
     }
 
-    /// Waits until a snapshot survives a power failure.
+    /// Waits until a snapshot survives a power failure, which a temporary one never does.
     ///
     /// # Errors
     /// [`Error::NotFound`] or [`Error::Failed`], also if that happens while waiting;
