@@ -19,6 +19,10 @@ use cubicle_cow::{
 };
 use cubicle_ids::SandboxId;
 use cubicle_vmm::{Disk, Vm};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
 
 use crate::{
     error::{Error, Result},
@@ -36,11 +40,36 @@ pub(crate) enum After {
     Stop,
 }
 
+/// How long a freeze waits for others to end before it begins all the same: one VM that cannot be
+/// stopped must not hold up all.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Freezes take turns. Copying memory is work for two processors: of more freezes at once than there
+/// are processors for, none is done sooner, and every guest stands still for as long as all of them
+/// together.
+#[derive(Debug)]
+pub(crate) struct Turns(Semaphore);
+
+impl Turns {
+    pub(crate) fn for_host() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self(Semaphore::new((cpus / 2).max(1)))
+    }
+
+    /// Waits for a turn; it is over when what is returned is dropped. `None`: it took too long, and
+    /// the caller goes ahead.
+    async fn take(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        timeout(LONGEST_WAIT, self.0.acquire()).await.ok()?.ok()
+    }
+}
+
 /// How long each part of a snapshot took. Device state, disks and memory are copied at the same
 /// time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FreezeTimings {
-    /// Writing back what is dirty of the disks and making room for the memory, while the VM runs.
+    /// Waiting for other freezes, writing back what is dirty of the disks and making room for the
+    /// memory, while the VM runs.
     pub prepare: Duration,
     /// Stopping the CPUs and draining the disks.
     pub pause: Duration,
@@ -113,6 +142,7 @@ pub(crate) async fn freeze(
         Some(memory) => Some((memory.clone(), source(id, &vm.memory()?)?)),
         None => None,
     };
+    let turn = node.turns.take().await;
     let store = node.store.clone();
     let draft = Arc::new(draft);
     let noted = draft.clone();
@@ -152,6 +182,7 @@ pub(crate) async fn freeze(
         }
     }
     timings.frozen = begun.elapsed();
+    drop(turn);
     let memory = captured?;
 
     let disks = disks
@@ -319,6 +350,21 @@ fn write_back(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn freezes_take_turns_and_wait_for_nobody_for_ever() {
+        let turns = Turns(Semaphore::new(1));
+        let first = turns.take().await.unwrap();
+        let begun = tokio::time::Instant::now();
+        let (second, ()) = tokio::join!(turns.take(), async {
+            tokio::time::sleep(LONGEST_WAIT / 2).await;
+            drop(first);
+        });
+        assert!(second.is_some());
+        assert_eq!(begun.elapsed(), LONGEST_WAIT / 2);
+        assert!(turns.take().await.is_none());
+        assert_eq!(begun.elapsed(), LONGEST_WAIT / 2 + LONGEST_WAIT);
+    }
 
     #[test]
     fn writing_back_needs_the_file() {

@@ -27,6 +27,7 @@ use crate::{
         SandboxMetrics, SandboxState, TakeSnapshot, Taken,
     },
     failpoint::FailPoints,
+    freeze::Turns,
     guest::Guest,
     journal::{Journal, Key},
     kill,
@@ -62,6 +63,7 @@ pub(crate) struct Inner {
     pub(crate) journal: Journal,
     pub(crate) registry: Registry,
     pub(crate) spares: Spares,
+    pub(crate) turns: Turns,
     pub(crate) events: broadcast::Sender<NodeEvent>,
     /// Everything that runs on behalf of a sandbox or a build.
     pub(crate) tasks: TaskTracker,
@@ -101,6 +103,7 @@ impl Node {
         let inner = Arc::new(Inner {
             registry: Registry::new(config.limits),
             spares: Spares::new(config.spares),
+            turns: Turns::for_host(),
             config,
             hypervisor,
             store,
