@@ -188,6 +188,10 @@ pub(crate) async fn recycle(
             parts.tap = Some(make_tap(&mut route, index)?);
         }
         let mut netfilter = lock(&parts.netfilter);
+        // Looking through all connections of the host takes milliseconds, and many sandboxes never
+        // open one that leaves the slot. Who cannot tell looks.
+        let traffic = firewall::slot::traffic(&mut netfilter);
+        let has_sent = traffic.map_or(true, |traffic| traffic.packets_sent > 0);
         firewall::slot::install(&mut netfilter, &rules(&config, parts.link)).map_err(
             Error::kernel(format!("renew the rules of network slot {index}")),
         )?;
@@ -199,9 +203,13 @@ pub(crate) async fn recycle(
         host.enter()?;
         let interface = config.name.interface(index);
         present(&mut links::open()?, index, &interface)?;
-        conntrack::forget_from(&mut open_netfilter()?, parts.link.slot).map_err(Error::kernel(
-            format!("forget the host's connections of network slot {index}"),
-        ))?;
+        if has_sent {
+            conntrack::forget_from(&mut open_netfilter()?, parts.link.slot).map_err(
+                Error::kernel(format!(
+                    "forget the host's connections of network slot {index}"
+                )),
+            )?;
+        }
         Ok(parts)
     });
     (index, outcome.await)

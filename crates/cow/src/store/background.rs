@@ -21,8 +21,8 @@ pub(super) struct Background {
     flusher: Arc<Mutex<Worker<Job>>>,
 }
 
-/// How long after it was published a snapshot is flushed. A flush keeps a disk busy for tens of
-/// milliseconds, and who has just made a snapshot may be restoring it.
+/// How long after it was published a user's snapshot is flushed. A flush keeps a disk busy for tens of
+/// milliseconds, and who has just made a snapshot may be restoring it. Others are flushed at once.
 pub(super) const FLUSH_DELAY: Duration = Duration::from_millis(300);
 
 /// A snapshot that was just published, or found not to be durable.

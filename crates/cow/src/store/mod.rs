@@ -292,7 +292,10 @@ impl Store {
                 .chain(&manifest.lineage)
                 .cloned()
                 .collect(),
-            due: if new { now + FLUSH_DELAY } else { now },
+            due: match manifest.kind {
+                SnapshotKind::User if new => now + FLUSH_DELAY,
+                _ => now,
+            },
         };
         let lasting = manifest.kind != SnapshotKind::Temporary;
         self.inner
