@@ -102,8 +102,7 @@ impl Known {
 pub(crate) fn work(job: Job, known: &mut Known, stop: &Stop) -> Option<Done> {
     match job {
         Job::Flush(job) => {
-            stop.wait(job.due.saturating_duration_since(Instant::now()));
-            if stop.is_set() {
+            if stop.is_set_within(job.due.saturating_duration_since(Instant::now())) {
                 return None;
             }
             let outcome = flush(&job, known, stop).transpose()?;

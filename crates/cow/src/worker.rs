@@ -20,11 +20,12 @@ impl Stop {
         *self.lock()
     }
 
-    /// Waits for that time or until the worker is told to stop.
-    pub(crate) fn wait(&self, time: Duration) {
+    /// Waits for that time, or until the worker is told to stop: whether it has been told.
+    #[must_use]
+    pub(crate) fn is_set_within(&self, time: Duration) -> bool {
         let (_, changed) = &*self.0;
-        // Whichever it was, the caller asks.
-        let _ = changed.wait_timeout_while(self.lock(), time, |set| !*set);
+        let waited = changed.wait_timeout_while(self.lock(), time, |set| !*set);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     fn set(&self) {

@@ -259,13 +259,19 @@ async fn a_temporary_snapshot_does_not_outlive_its_program() {
     let data = DataDir::new();
     let (store, _) = data.open().await;
     let [kept, temporary] = [(); 2].map(|()| SnapshotId::generate());
-    publish(&store, &kept, 3).await;
     let draft = store
         .begin_snapshot(temporary.clone(), SnapshotKind::Temporary)
         .unwrap();
     fill(&draft, 4);
     let manifest = manifest(&draft, SnapshotKind::Temporary);
     let snapshot = draft.publish(manifest).await.unwrap();
+    publish(&store, &kept, 3).await;
+    // What is flushed is flushed in the order in which it was published.
+    store.wait_durable(&kept).await.unwrap();
+    assert_eq!(
+        state_of(&store, &temporary).await,
+        SnapshotState::Published { durable: false }
+    );
     store.close().await;
     let (store, report) = data.open().await;
     assert_eq!(report.temporary_removed, std::slice::from_ref(&temporary));

@@ -4,6 +4,7 @@
 use cubicle_protocol::channel::{
     Detector, Error, Event, HELLO_LEN, Hello, MAGIC, Nonce, Stuffer, VERSION,
     host::{HostChannel, handshake},
+    introduction,
 };
 use proptest::{collection::vec, prelude::*, sample::Index};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
@@ -328,5 +329,42 @@ fn a_guest_of_another_version_and_one_that_goes_away_are_told_apart() {
         let result: Result<HostChannel<_>, _> = handshake(host, Nonce::generate()).await;
         assert!(matches!(result.map(drop), Err(Error::Closed)));
         gone.await.unwrap();
+    });
+}
+
+/// A guest of that version, which is told a number and answers the next one.
+async fn counting_guest(mut io: DuplexStream, version: u16) {
+    let mut hello = [0; HELLO_LEN];
+    io.read_exact(&mut hello).await.unwrap();
+    let (mut detector, mut input) = (Detector::new(), &hello[..]);
+    let Some(Event::Hello(hello)) = detector.next(&mut input) else {
+        panic!("no hello");
+    };
+    let reply = Hello { version, ..hello };
+    io.write_all(&reply.to_reply_bytes()).await.unwrap();
+    if version == VERSION {
+        let number: u32 = introduction::hear(&mut io).await.unwrap();
+        introduction::say(&mut io, &(number + 1)).await.unwrap();
+        return;
+    }
+    // Version 2: the length, 32 bits and big-endian, and so many bytes of JSON.
+    let mut json = vec![0; io.read_u32().await.unwrap() as usize];
+    io.read_exact(&mut json).await.unwrap();
+    let number: u32 = serde_json::from_slice(&json).unwrap();
+    let json = serde_json::to_vec(&(number + 1)).unwrap();
+    io.write_u32(json.len() as u32).await.unwrap();
+    io.write_all(&json).await.unwrap();
+}
+
+#[test]
+fn a_guest_of_this_version_and_one_of_the_version_before_are_introduced() {
+    block_on(async {
+        for version in [VERSION, 2] {
+            let (host, guest) = duplex(1 << 10);
+            tokio::spawn(counting_guest(guest, version));
+            let mut channel = handshake(host, Nonce::generate()).await.unwrap();
+            let answer: u32 = channel.introduce(&1000_u32).await.unwrap();
+            assert_eq!(answer, 1001, "version {version}");
+        }
     });
 }

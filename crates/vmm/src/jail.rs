@@ -1,7 +1,7 @@
 //! The root that VM processes see: a mount namespace with the hypervisor's program, its
 //! libraries and firmware, the library that makes it a zygote, `/proc` limited to a process's own
-//! entry, four harmless devices, and nothing else; everything read-only. It also holds an empty network namespace, for VMs that
-//! were given none, and an IPC namespace apart from the host's.
+//! entry, four harmless devices, and nothing else; everything read-only. It also holds an empty
+//! network namespace, for VMs that were given none, and an IPC namespace apart from the host's.
 //!
 //! All VMs share one jail: there is nothing in it to share secrets through, and entering it costs
 //! one system call. It lives as long as a descriptor of it is open or a process is in it, so

@@ -10,7 +10,7 @@ use cubicle_ids::SandboxId;
 use cubicle_protocol::{
     channel::{
         self, CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_STREAMS, Nonce, STREAM_WINDOW,
-        VERSION_WITH_JSON, host::HostChannel, introduction,
+        host::HostChannel,
     },
     guest_api::{Entropy, InitRequest, InitResponse, Introduced, Timestamp},
 };
@@ -192,19 +192,7 @@ async fn introduce(
         call: "its introduction",
         reason,
     };
-    let heard = async {
-        if channel.version() == VERSION_WITH_JSON {
-            let mut framed = vec![0; 4];
-            serde_json::to_writer(&mut framed, &request)?;
-            introduction::say_bytes(channel, framed).await?;
-            return Ok(serde_json::from_slice(
-                &introduction::hear_bytes(channel).await?,
-            )?);
-        }
-        introduction::say(channel, &request).await?;
-        introduction::hear(channel).await
-    };
-    let introduced: std::io::Result<Introduced> = heard.await;
+    let introduced = channel.introduce(&request).await;
     let introduced = introduced.map_err(|error| unreadable(error.to_string()))?;
     let response = match introduced {
         Introduced::Became(response) => response,

@@ -8,10 +8,12 @@ use std::{
 };
 
 use memchr::memmem;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     ESCAPE, Error, HELLO_LEN, Hello, MAGIC, Nonce, REPLY, Stuffer, VERSION, VERSION_WITH_JSON,
+    introduction,
 };
 
 /// Most slices of one vectored write that are looked at.
@@ -159,6 +161,7 @@ fn find_reply(seen: &[u8], nonce: Nonce) -> Search {
 #[derive(Debug)]
 pub struct HostChannel<T> {
     io: T,
+    /// That the guest speaks: [`VERSION`] or [`VERSION_WITH_JSON`].
     version: u16,
     /// What came behind the Reply in the same read.
     early: Vec<u8>,
@@ -168,16 +171,33 @@ pub struct HostChannel<T> {
 }
 
 impl<T> HostChannel<T> {
-    /// Version of the protocol that the guest speaks: [`VERSION`] or [`VERSION_WITH_JSON`].
-    #[must_use]
-    pub fn version(&self) -> u16 {
-        self.version
-    }
-
     /// The stream underneath.
     #[must_use]
     pub fn get_ref(&self) -> &T {
         &self.io
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> HostChannel<T> {
+    /// Tells the guest who it is to be, and returns what it says to that: the first thing in a life,
+    /// in the format that the guest understands.
+    ///
+    /// # Errors
+    /// As [`introduction::say`] and [`introduction::hear`].
+    pub async fn introduce<M, A>(&mut self, message: &M) -> io::Result<A>
+    where
+        M: Serialize,
+        A: DeserializeOwned,
+    {
+        if self.version == VERSION_WITH_JSON {
+            let mut framed = vec![0; 4];
+            serde_json::to_writer(&mut framed, message)?;
+            introduction::say_bytes(self, framed).await?;
+            let answer = introduction::hear_bytes(self).await?;
+            return Ok(serde_json::from_slice(&answer)?);
+        }
+        introduction::say(self, message).await?;
+        introduction::hear(self).await
     }
 }
 

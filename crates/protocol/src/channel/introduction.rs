@@ -5,7 +5,9 @@
 //! ([`Introduced`](crate::guest_api::Introduced)). A message is its length, 32 bits and big-endian, and
 //! so many bytes of postcard. It is neither HTTP nor JSON because of what those cost at the one moment
 //! when it counts: a restored guest runs every part of its code for the first time, and until it has
-//! said this nobody can use it.
+//! said this nobody can use it. A host uses
+//! [`HostChannel::introduce`](super::host::HostChannel::introduce), which also knows how older guests
+//! say it.
 
 use std::io;
 
@@ -32,11 +34,8 @@ where
     .await
 }
 
-/// Says a message of another format, in a buffer whose first four bytes are left for its length.
-///
-/// # Errors
-/// As [`say`].
-pub async fn say_bytes<T>(io: &mut T, mut framed: Vec<u8>) -> io::Result<()>
+/// Says a message of any format, in a buffer whose first four bytes are left for its length.
+pub(super) async fn say_bytes<T>(io: &mut T, mut framed: Vec<u8>) -> io::Result<()>
 where
     T: AsyncWrite + Unpin,
 {
@@ -66,11 +65,8 @@ where
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// Hears a message of another format.
-///
-/// # Errors
-/// As [`hear`].
-pub async fn hear_bytes<T>(io: &mut T) -> io::Result<Vec<u8>>
+/// Hears a message of any format.
+pub(super) async fn hear_bytes<T>(io: &mut T) -> io::Result<Vec<u8>>
 where
     T: AsyncRead + Unpin,
 {

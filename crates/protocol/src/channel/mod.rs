@@ -29,12 +29,12 @@ mod stuffer;
 pub use detector::{Detector, Event};
 pub use stuffer::{Run, Stuffer};
 
-/// Version of everything below HTTP/2. A guest speaks one; a host also [`VERSION_WITH_JSON`].
+/// Version of everything below HTTP/2. A guest speaks one; a host also the one before.
 pub const VERSION: u16 = 3;
 
 /// The version before: its introduction is JSON. Snapshots hold guests that speak it, and a host goes on
 /// to understand them.
-pub const VERSION_WITH_JSON: u16 = 2;
+const VERSION_WITH_JSON: u16 = 2;
 
 /// Marks a Hello, a Reply, or, followed by `0x00`, itself.
 ///

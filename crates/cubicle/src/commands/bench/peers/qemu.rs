@@ -15,7 +15,7 @@ use cubicle_image::{
 };
 use cubicle_protocol::{
     CHANNEL_PORT_NAME,
-    channel::{Nonce, host, introduction},
+    channel::{Nonce, host},
     guest_api::{InitRequest, Introduced},
 };
 use cubicle_vmm::tsc;
@@ -158,10 +158,7 @@ impl Machine {
             default_user: Some("user".to_owned()),
             ..InitRequest::default()
         };
-        introduction::say(&mut channel, &init)
-            .await
-            .map_err(broken)?;
-        let introduced = introduction::hear(&mut channel).await.map_err(broken)?;
+        let introduced = channel.introduce(&init).await.map_err(broken)?;
         if let Introduced::Refused(why) = introduced {
             return Err(why);
         }
