@@ -107,6 +107,19 @@ class Server:
         headers = {"X-API-Key": self.key}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60, **options)
 
+    def gauge(self, name: str, **labels: str) -> int:
+        """A metric of the server, summed over all labels but those that are given."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        with self.http() as http:
+            lines = http.get("/metrics").text.splitlines()
+        found = [
+            int(line.split()[-1])
+            for line in lines
+            if line.startswith(f"{name}{{") and all(label in line for label in wanted)
+        ]
+        assert found, f"there is no metric {name} with {labels}"
+        return sum(found)
+
     def create(self, **body) -> dict:
         with self.http() as http:
             response = http.post("/v2/sandboxes", json={"templateID": "base", **body})

@@ -112,16 +112,14 @@ def test_a_timeout_pauses_who_asked_for_it(server):
         server.kill(sandbox)
 
 
-def kept_after_pause(http) -> int:
+def kept_after_pause(server) -> int:
     """How many VMs of paused sandboxes are kept for their resume."""
-    kind = 'kind="paused"} '
-    lines = http.get("/metrics").text.splitlines()
-    return sum(int(line.split()[-1]) for line in lines if line.startswith("cubicle_node_spares{") and kind in line)
+    return server.gauge("cubicle_node_spares", kind="paused")
 
 
-def until_kept(http, count: int) -> None:
+def until_kept(server, count: int) -> None:
     deadline = time.monotonic() + 20
-    while (found := kept_after_pause(http)) != count:
+    while (found := kept_after_pause(server)) != count:
         assert time.monotonic() < deadline, f"{found} VMs are kept, not {count}"
         time.sleep(0.05)
 
@@ -130,7 +128,7 @@ def test_a_sandbox_that_is_back_soon_gets_its_vm_back(server):
     with server.http() as http:
         # Those of other tests go by themselves.
         deadline = time.monotonic() + 90
-        while kept_after_pause(http) > 0:
+        while kept_after_pause(server) > 0:
             assert time.monotonic() < deadline, "a VM is kept for longer than a minute"
             time.sleep(1)
         sandbox = server.create(timeout=300)
@@ -138,16 +136,16 @@ def test_a_sandbox_that_is_back_soon_gets_its_vm_back(server):
         for turn in range(3):
             write(http, sandbox, "/dev/shm/turn", str(turn))
             assert http.post(f"{path}/pause").status_code == 204
-            until_kept(http, 1)
+            until_kept(server, 1)
             assert http.get(path).json()["state"] == "paused"
             assert http.post(f"/v2{path}/connect", json={}).status_code == 201
-            assert kept_after_pause(http) == 0
+            assert kept_after_pause(server) == 0
             assert read(http, sandbox, "/dev/shm/turn") == str(turn)
         # Of a sandbox that is killed nothing is kept.
         assert http.post(f"{path}/pause").status_code == 204
-        until_kept(http, 1)
+        until_kept(server, 1)
         server.kill(sandbox)
-        until_kept(http, 0)
+        until_kept(server, 0)
 
 
 def test_what_comes_and_goes_leaves_nothing(server):

@@ -1,6 +1,6 @@
 //! How a pool is set up.
 
-use std::{net::Ipv4Addr, path::PathBuf, str::FromStr};
+use std::{net::Ipv4Addr, path::PathBuf, str::FromStr, time::Duration};
 
 use ipnet::Ipv4Net;
 
@@ -70,10 +70,14 @@ pub struct PoolConfig {
     pub name: PoolName,
     /// Directory, on a file system in memory, that holds the slots' namespaces (`netns/<index>`).
     pub run_dir: PathBuf,
-    /// Slots that are kept ready beyond those in use.
+    /// Slots that are kept ready beyond those in use. Up to twice as many stay ready after use,
+    /// until nobody has taken one for [`linger`](Self::linger).
     pub size_min: usize,
     /// Slots that may exist at once, in use or ready.
     pub size_max: usize,
+    /// How long after a slot was last taken more than [`size_min`](Self::size_min) of them stay
+    /// ready.
+    pub linger: Duration,
     /// Where the addresses of the links between slots and the host come from, two a slot. Used on
     /// this host only; choose a private range that nothing else here uses.
     pub subnet: Ipv4Net,
@@ -106,6 +110,7 @@ impl Default for PoolConfig {
             run_dir: PathBuf::from("/run/cubicle"),
             size_min: 8,
             size_max: 1024,
+            linger: Duration::from_secs(10),
             subnet: Ipv4Net::new_assert(Ipv4Addr::new(10, 233, 0, 0), 16),
             deny: DEFAULT_DENY.to_vec(),
             allow_hosts: Vec::new(),

@@ -93,6 +93,7 @@ struct State {
     broken: usize,
     waiting: VecDeque<oneshot::Sender<Result<Slot>>>,
     pause_until: Option<Instant>,
+    last_taken: Instant,
     closed: bool,
 }
 
@@ -144,6 +145,7 @@ impl SlotPool {
                 broken: 0,
                 waiting: VecDeque::new(),
                 pause_until: None,
+                last_taken: Instant::now(),
                 closed: false,
             }),
             config: Arc::new(config),
@@ -171,6 +173,7 @@ impl SlotPool {
             if state.closed {
                 return Err(Error::Closed);
             }
+            state.last_taken = Instant::now();
             match state.ready.pop_front() {
                 Some(parts) => {
                     state.leased.insert(parts.index);
@@ -535,6 +538,28 @@ impl Shared {
                 }
             });
         }
+        self.dismiss_surplus(&mut state)
+    }
+
+    /// Removes the slots that were worth keeping only while others were taken; says when it is
+    /// time to, if it is not yet.
+    fn dismiss_surplus(self: &Arc<Self>, state: &mut State) -> Option<Instant> {
+        if state.ready.len() <= self.config.size_min {
+            return None;
+        }
+        let due = state.last_taken + self.config.linger;
+        if Instant::now() < due {
+            return Some(due);
+        }
+        let surplus = state.ready.split_off(self.config.size_min);
+        state.removing += surplus.len();
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            // What cannot be removed is in the books and in the log.
+            let _ = shared
+                .remove_all(surplus.into_iter().map(Condemned::from))
+                .await;
+        });
         None
     }
 }

@@ -119,6 +119,32 @@ fn many_waiters_are_served_and_those_that_leave_cost_nothing() {
 }
 
 #[test]
+fn a_pool_that_rests_has_as_many_slots_as_it_is_to_keep() {
+    in_world(async |world| {
+        let config = PoolConfig {
+            size_min: 2,
+            size_max: 8,
+            linger: Duration::from_secs(4),
+            ..world.config()
+        };
+        let (pool, _) = SlotPool::open(config).await.unwrap();
+        let mut slots = Vec::new();
+        for _ in 0..6 {
+            slots.push(pool.acquire().await.unwrap());
+        }
+        for slot in slots {
+            pool.release(slot).await.unwrap();
+        }
+        // As many as this may be wanted again at once, and are there.
+        until(&pool, |counts| counts.ready == 4 && counts.pending == 0).await;
+        until(&pool, |counts| counts.ready == 2 && counts.pending == 0).await;
+        let left = ip("-oneline link show type veth").lines().count();
+        assert_eq!(left, 3, "two slots and the way to the internet");
+        pool.close().await.unwrap();
+    });
+}
+
+#[test]
 fn nobody_waits_for_another_slots_removal() {
     in_world(async |world| {
         // A pool that keeps none removes each slot that comes back.
