@@ -57,6 +57,22 @@ def census(data_dir: Path, server_pid: int | None = None) -> dict[str, object]:
     return things
 
 
+def at_rest(server, spares: int) -> dict:
+    """The census once no more is kept for sandboxes to come than a machine at rest keeps."""
+    rest = {"spares": spares, "slots_ready": 8}
+    deadline = time.monotonic() + 60
+    before = None
+    while True:
+        found = {name: server.gauge(f"cubicle_node_{name}") for name in rest}
+        now = census(server.data_dir, server.process.pid)
+        # What is on its way out is in none of the numbers above.
+        if found == rest and now == before:
+            return now
+        assert time.monotonic() < deadline, f"{found} are kept, not {rest}"
+        before = now
+        time.sleep(1)
+
+
 def settled(server, before: dict, within: float = 30) -> dict:
     """The census once it equals `before`, or the last one: slots are recycled in the background."""
     deadline = time.monotonic() + within

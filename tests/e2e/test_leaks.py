@@ -6,25 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from machine import census, settled
+from machine import at_rest, census, settled
 
 CYCLES = int(os.environ.get("CUBICLE_TEST_CYCLES", "80"))
-
-
-def at_rest(server) -> dict:
-    """The census once no more is kept for sandboxes to come than a machine at rest keeps."""
-    rest = {"spares": 1, "slots_ready": 8}
-    deadline = time.monotonic() + 60
-    before = None
-    while True:
-        found = {name: server.gauge(f"cubicle_node_{name}") for name in rest}
-        now = census(server.data_dir, server.process.pid)
-        # What is on its way out is in none of the numbers above.
-        if found == rest and now == before:
-            return now
-        assert time.monotonic() < deadline, f"{found} are kept, not {rest}"
-        before = now
-        time.sleep(1)
 
 
 def test_creating_and_killing_leaves_nothing(server):
@@ -37,7 +21,7 @@ def test_creating_and_killing_leaves_nothing(server):
     with ThreadPoolExecutor(8) as pool:
         # What is kept for more to come grows with the first ones.
         list(pool.map(cycle, range(24)))
-        before = at_rest(server)
+        before = at_rest(server, spares=1)
         list(pool.map(cycle, range(CYCLES)))
     assert settled(server, before) == before
     with server.http() as http:

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from conftest import CLIENTS, Server, bare_env, free_port, venv
-from machine import census, settled
+from machine import at_rest, settled
 
 
 def report(server: Server, script: str, *requirements: str) -> dict:
@@ -176,8 +176,7 @@ def test_what_comes_and_goes_leaves_nothing(server):
         # Pools grow with the first ones.
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(cycle, range(3)))
-        time.sleep(2)
-        before = census(alone.data_dir, alone.process.pid)
+        before = at_rest(alone, spares=0)
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(cycle, range(9)))
         assert settled(alone, before) == before
