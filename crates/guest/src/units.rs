@@ -202,6 +202,7 @@ mod tests {
             path: Vec::new(),
             homes: Vec::new(),
             r_libraries: Vec::new(),
+            emulated: false,
         };
         let interpreter = Interpreter::new(Arc::new(Nothing), search, root.path().join("kernels"));
         let script = root.path().join("usr/local/bin/systemctl");

@@ -52,6 +52,9 @@ pub struct Search {
     pub homes: Vec<PathBuf>,
     /// Where R's packages are.
     pub r_libraries: Vec<PathBuf>,
+    /// The processor is emulated: a program is translated once more after its compiler is done
+    /// with it.
+    pub emulated: bool,
 }
 
 impl Kernelspec {
@@ -65,7 +68,7 @@ impl Kernelspec {
     }
 
     /// A kernelspec as its file says, with what this daemon knows of some kernels beyond that.
-    fn read(directory: &Path) -> Option<Self> {
+    fn read(directory: &Path, emulated: bool) -> Option<Self> {
         #[derive(Deserialize)]
         struct File {
             argv: Vec<String>,
@@ -100,7 +103,7 @@ impl Kernelspec {
             interrupt: file.interrupt_mode,
             straggles: false,
         };
-        Some(spec.adjusted())
+        Some(spec.adjusted(emulated))
     }
 
     fn new(name: &str, language: Language, argv: &[&str]) -> Self {
@@ -112,10 +115,10 @@ impl Kernelspec {
             interrupt: Interrupt::Signal,
             straggles: false,
         }
-        .adjusted()
+        .adjusted(false)
     }
 
-    fn adjusted(mut self) -> Self {
+    fn adjusted(mut self, emulated: bool) -> Self {
         let program = Path::new(&self.argv[0]);
         if program.file_name().is_some_and(|name| name == "deno") {
             // Its own kernelspec doesn't say so, but a signal ends it.
@@ -148,11 +151,29 @@ impl Kernelspec {
             && self.argv[at - 1] == "-jar"
         {
             // All it does is to start another machine, with these options.
-            let options = ["--add-opens", "jdk.jshell/jdk.jshell=ALL-UNNAMED", "-jar"];
-            self.argv.splice(at - 1..=at, options.map(str::to_owned));
+            let mut options = vec![
+                "--add-opens".to_owned(),
+                "jdk.jshell/jdk.jshell=ALL-UNNAMED".to_owned(),
+            ];
+            let classes = Path::new(&self.argv[at]).with_file_name("jjava.jsa");
+            if classes.is_file() {
+                // Loading them takes most of a start. One that does not fit is not used.
+                options.push(format!("-XX:SharedArchiveFile={}", classes.display()));
+            }
+            if emulated {
+                // The optimising compiler would be busy with the kernel itself for seconds.
+                options.push("-XX:TieredStopAtLevel=1".to_owned());
+            }
+            options.push("-jar".to_owned());
+            self.argv.splice(at - 1..=at, options);
         }
         self
     }
+}
+
+/// Whether this machine's processor is one of QEMU's software emulator, which says so in its name.
+fn emulated() -> bool {
+    fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG CPU"))
 }
 
 impl Search {
@@ -168,6 +189,7 @@ impl Search {
                 "/usr/lib/R/site-library",
                 "/usr/lib/R/library",
             ]),
+            emulated: emulated(),
         }
     }
 
@@ -190,7 +212,7 @@ impl Search {
             entries.sort();
             entries
                 .iter()
-                .filter_map(|path| Kernelspec::read(path))
+                .filter_map(|path| Kernelspec::read(path, self.emulated))
                 .for_each(&mut add);
         }
         for spec in self.without_kernelspec() {
@@ -330,6 +352,7 @@ mod tests {
                 ],
                 homes: vec![root.path().join("root")],
                 r_libraries: vec![root.path().join("usr/lib/R/site-library")],
+                emulated: false,
             };
             Self { root, search }
         }
@@ -428,21 +451,28 @@ mod tests {
 
     #[test]
     fn java_is_started_without_its_launcher() {
-        let image = Image::new(&[(
+        let spec = (
             "usr/share/jupyter/kernels/java/kernel.json",
             r#"{"argv": ["java", "-jar", "{resource_dir}/jjava-launcher.jar", "{resource_dir}/jjava.jar",
                 "{connection_file}"], "language": "java", "interrupt_mode": "message"}"#,
-        )]);
+        );
+        let command = |options: &[&str]| -> Vec<String> {
+            let opens = ["--add-opens", "jdk.jshell/jdk.jshell=ALL-UNNAMED"];
+            let jar = ["-jar", "/usr/share/jupyter/kernels/java/jjava.jar"];
+            let all = [&["java"], &opens[..], options, &jar[..], &["/c.json"]].concat();
+            all.iter().map(|&argument| argument.to_owned()).collect()
+        };
+        let image = Image::new(&[spec]);
+        assert_eq!(image.command(&Language::Java).unwrap(), command(&[]));
+
+        let mut image = Image::new(&[spec, ("usr/share/jupyter/kernels/java/jjava.jsa", "")]);
+        image.search.emulated = true;
         assert_eq!(
             image.command(&Language::Java).unwrap(),
-            [
-                "java",
-                "--add-opens",
-                "jdk.jshell/jdk.jshell=ALL-UNNAMED",
-                "-jar",
-                "/usr/share/jupyter/kernels/java/jjava.jar",
-                "/c.json"
-            ]
+            command(&[
+                "-XX:SharedArchiveFile=/usr/share/jupyter/kernels/java/jjava.jsa",
+                "-XX:TieredStopAtLevel=1"
+            ])
         );
     }
 

@@ -95,6 +95,7 @@ impl Bench {
             .to_vec(),
             homes: vec![directory.path().join("home")],
             r_libraries: Vec::new(),
+            emulated: false,
         };
         let sandbox = Arc::new(Sandbox::default());
         let surroundings: Arc<dyn Surroundings> = Arc::clone(&sandbox) as _;
