@@ -262,6 +262,15 @@ async fn what_was_built_the_same_way_is_not_built_again_unless_forced() {
         .expect("end");
     let forced = templates.build(order("web")).await.expect("forced");
     assert!(!forced.cached && !first.cached);
+    let _: Vec<_> = templates
+        .follow(forced.build.id)
+        .try_collect()
+        .await
+        .expect("end");
+    assert!(templates.build(same()).await.expect("again").cached);
+    // The server is another, and with it its recipes and what its guests run.
+    plane.fleet.push_images();
+    assert!(!templates.build(same()).await.expect("newer").cached);
 }
 
 #[tokio::test]

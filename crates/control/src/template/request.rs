@@ -2,11 +2,13 @@
 
 use cubicle_ids::TemplateId;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{
     Build, BuildSpec, BuildStatus, BuildTemplate, DEFAULT_TAG, Origin, Reference, Size, Templates,
     name::{BadName, is_tag},
+    plan::{Ground, Plan},
     shorten,
     store::Begun,
 };
@@ -192,29 +194,36 @@ impl Templates {
         Ok((reference, build))
     }
 
-    /// The build that a name stands for, if nothing but a recipe was asked for, and it was made by
-    /// that, of this size, with the guest daemon of today. What else there is can only be compared
-    /// once its origin was looked at.
+    /// The build that a name stands for, if nothing but a recipe was asked for and that would make
+    /// the same again: the recipe, the kernel and the guest daemon are what they were. What else
+    /// there is can only be compared once its origin was fetched.
     async fn made_the_same_way(
         &self,
         reference: &Reference,
         wanted: &Build,
     ) -> Result<Option<Build>> {
-        let plain = |spec: &BuildSpec| {
+        let plain = |spec: &&BuildSpec| {
             !spec.force && spec.steps.is_empty() && matches!(spec.origin, Origin::Recipe(_))
         };
-        if !wanted.spec.as_ref().is_some_and(plain) {
+        let Some(spec) = wanted.spec.as_ref().filter(plain) else {
             return Ok(None);
-        }
+        };
         let Some(resolved) = self.store.resolve(reference).await? else {
             return Ok(None);
         };
         let found = self.store.build(resolved.build).await?;
-        Ok(found.filter(|build| {
-            build.envd_version == wanted.envd_version
-                && same_size(build, wanted)
-                && same_spec(build.spec.as_ref(), wanted.spec.as_ref())
-        }))
+        let alike = |build: &Build| {
+            same_size(build, wanted) && same_spec(build.spec.as_ref(), wanted.spec.as_ref())
+        };
+        let Some(found) = found.filter(alike) else {
+            return Ok(None);
+        };
+        let (unheard, _) = mpsc::unbounded_channel();
+        let facts = self.fleet.origin(&spec.origin, unheard).await?;
+        let ground =
+            Ground::of_origin(&facts, wanted.cpu_count, wanted.memory_mib, wanted.disk_mib);
+        let fingerprint = Plan::new(&ground, spec).fingerprint;
+        Ok((found.fingerprint == Some(fingerprint)).then_some(found))
     }
 }
 

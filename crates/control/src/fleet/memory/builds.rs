@@ -26,7 +26,7 @@ impl MemoryFleet {
         self.lock().boots
     }
 
-    /// From now on every container image is another one than before.
+    /// From now on every container image, and what every recipe makes, is another than before.
     pub fn push_images(&self) {
         self.lock().image += 1;
     }
@@ -53,7 +53,10 @@ impl MemoryFleet {
             ready: Probe::None,
         };
         Ok(match origin {
-            Origin::Recipe(name) => facts(Source::Recipe(name.clone()), format!("recipe {name}")),
+            Origin::Recipe(name) => facts(
+                Source::Recipe(name.clone()),
+                format!("recipe {name} {image}"),
+            ),
             Origin::Image { reference, .. } => {
                 let name = format!("{reference} {image}");
                 OriginFacts {
