@@ -1,9 +1,11 @@
 """A sandbox is confined: its process on the host, and its network."""
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from machine import vms
 
 
@@ -53,6 +55,66 @@ print(json.dumps(out))
     output = exec(server, sandbox, "python3", "-c", probe, json.dumps(targets)).stdout
     reached = [host for host, how in json.loads(output).items() if how == "connected"]
     assert reached == []
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """Address of a server that is neither on this machine nor in a private network."""
+    name, link, address = "cubicle-outside", "cubicle-test0", "198.51.100"
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    ip("netns", "add", name)
+    server = None
+    try:
+        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("address", "add", f"{address}.1/30", "dev", link)
+        ip("link", "set", link, "up")
+        ip("-n", name, "address", "add", f"{address}.2/30", "dev", "eth0")
+        ip("-n", name, "link", "set", "eth0", "up")
+        ip("-n", name, "route", "add", "default", "via", f"{address}.1")
+        # It is no uplink, so nobody has switched this on: answers come back through it.
+        Path(f"/proc/sys/net/ipv4/conf/{link}/forwarding").write_text("1")
+        serve = ["python3", "-u", "-m", "http.server", "80", "--directory", str(tmp_path)]
+        server = subprocess.Popen(
+            ["ip", "netns", "exec", name, *serve], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert b"Serving" in server.stdout.readline()
+        yield f"{address}.2"
+    finally:
+        if server:
+            server.kill()
+            server.wait()
+        ip("netns", "delete", name)
+
+
+def test_what_it_may_reach_changes_while_it_runs(server, sandbox, outside):
+    def reaches() -> bool:
+        probe = f"import socket; socket.create_connection(('{outside}', 80), 3)"
+        return exec(server, sandbox, "python3", "-c", probe, check=False).returncode == 0
+
+    with server.http() as http:
+        path = f"/sandboxes/{sandbox['sandboxID']}"
+
+        def change(**network) -> None:
+            changed = http.put(f"{path}/network", json=network)
+            assert changed.status_code == 204, changed.text
+
+        assert reaches()
+        change(denyOut=[f"{outside}/32"])
+        assert not reaches()
+        change(allowOut=[outside], allow_internet_access=False)
+        assert reaches()
+        change(allow_internet_access=False)
+        assert not reaches()
+        assert http.put(f"{path}/network", json={"denyOut": ["example.com"]}).status_code == 400
+        assert http.post(f"{path}/pause").status_code == 204
+        assert http.put(f"{path}/network", json={}).status_code == 409
+        assert http.post(f"/v2{path}/connect", json={"timeout": 60}).status_code == 201
+        assert not reaches(), "it is what it was when it fell asleep"
+        change()
+        assert reaches()
 
 
 def test_two_sandboxes_are_strangers(server, sandbox):

@@ -33,7 +33,8 @@ pub(crate) fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(read::logs))
         .routes(routes!(read::logs_v2))
         .routes(routes!(lifetime::set_timeout))
-        .routes(routes!(lifetime::refresh));
+        .routes(routes!(lifetime::refresh))
+        .routes(routes!(network::update));
     let slow = OpenApiRouter::new()
         .routes(routes!(create::create_v1))
         .routes(routes!(create::create_v2))

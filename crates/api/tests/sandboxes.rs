@@ -163,6 +163,75 @@ async fn options_reach_the_machine() {
 }
 
 #[tokio::test]
+async fn what_a_sandbox_may_reach_changes_while_it_runs() {
+    let server = Server::new().await;
+    let body = json!({
+        "templateID": "base",
+        "network": {"allowOut": ["8.8.8.8"], "denyOut": ["0.0.0.0/0"], "maskRequestHost": "a.b"},
+    });
+    let id = server.sandbox(body).await;
+    let path = format!("/sandboxes/{id}/network");
+    let put = async |body: Value| {
+        let request = server.request(Method::PUT, &path, body.to_string());
+        server.send(request).await
+    };
+    let order = || {
+        server
+            .fleet
+            .order(&id.parse().expect("id"))
+            .expect("an order")
+    };
+
+    // Whatever is not said is not allowed or refused any more; who may come in stays as it was.
+    put(json!({"denyOut": ["9.9.9.9"], "allow_internet_access": true}))
+        .await
+        .expect(204);
+    assert!(order().network.allow_out.is_empty());
+    let detail = async || {
+        server
+            .get(&format!("/sandboxes/{id}"))
+            .await
+            .expect(200)
+            .json()
+    };
+    assert_eq!(
+        detail().await["network"],
+        json!({"allowPublicTraffic": true, "allowOut": [], "denyOut": ["9.9.9.9/32"],
+               "maskRequestHost": "a.b"})
+    );
+    put(json!({"allowPublicTraffic": false, "allowInternetAccess": false}))
+        .await
+        .expect(204);
+    let closed = detail().await;
+    assert_eq!(closed["network"]["allowPublicTraffic"], false);
+    assert_eq!(order().network.allow_internet, Some(false));
+    put(json!({})).await.expect(204);
+    assert_eq!(order().network.allow_internet, None);
+    assert_eq!(
+        detail().await["network"]["allowPublicTraffic"],
+        false,
+        "as it was"
+    );
+
+    for (body, status) in [
+        (json!({"denyOut": ["example.com"]}), 400),
+        (json!({"allowOut": "8.8.8.8"}), 400),
+        (json!({"allowOut": ["example.com"]}), 501),
+        (json!([]), 400),
+    ] {
+        put(body).await.expect(status);
+        assert!(order().network.deny_out.is_empty(), "nothing has changed");
+    }
+    let nobody = server.request(Method::PUT, "/sandboxes/nobody/network", "{}");
+    server.send(nobody).await.expect(404);
+    server
+        .post(&format!("/sandboxes/{id}/pause"), json!({}))
+        .await
+        .expect(204);
+    put(json!({})).await.expect(409);
+}
+
+#[tokio::test]
 async fn time_is_set_given_and_never_taken_by_connect() {
     let server = Server::new().await;
     let id = server

@@ -100,6 +100,15 @@ pub trait Fleet: Send + Sync + 'static {
     async fn rollback(&self, _order: CreateOrder) -> Result<Created, FleetError> {
         Err(FleetError::unsupported("rolling a sandbox back"))
     }
+    /// Replaces what a running sandbox may reach, at once and for connections that exist, too. If
+    /// it fails, what held before holds.
+    async fn set_network(
+        &self,
+        _id: &SandboxId,
+        _network: &NetworkOptions,
+    ) -> Result<(), FleetError> {
+        Err(FleetError::unsupported("changing a sandbox's network"))
+    }
     /// Every snapshot that the store has.
     async fn snapshots(&self) -> Result<Vec<SnapshotFact>, FleetError> {
         Err(FleetError::unsupported(

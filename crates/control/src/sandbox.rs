@@ -10,6 +10,7 @@ mod end;
 mod fork;
 mod log;
 mod model;
+mod network;
 pub(crate) mod operation;
 mod pause;
 mod query;

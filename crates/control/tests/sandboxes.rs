@@ -7,12 +7,73 @@ use std::time::Duration;
 use common::{Plane, eventually, idempotent, request};
 use cubicle_control::{
     Error,
-    fleet::FleetError,
+    fleet::{Fleet as _, FleetError, NetworkOptions, memory::Step},
     lifecycle::State,
-    sandbox::{CreateSandbox, Lifetime, ListQuery, LogQuery},
+    sandbox::{CreateSandbox, Lifetime, ListQuery, LogQuery, PauseSandbox},
 };
 use cubicle_ids::SandboxId;
 use time::OffsetDateTime;
+
+#[tokio::test]
+async fn a_change_of_the_network_lasts_and_is_made_whole_or_not_at_all() {
+    let closed = NetworkOptions {
+        allow_internet: Some(false),
+        allow_public_traffic: Some(false),
+        ..NetworkOptions::default()
+    };
+    let plane = Plane::new().await;
+    let sandboxes = plane.control.sandboxes.clone();
+    let id = plane.create(request("base")).await.id.clone();
+    plane.fleet.fail_at(Step::Network, failed());
+    sandboxes
+        .set_network(&id, closed.clone())
+        .await
+        .expect_err("told to fail");
+    let same = sandboxes.get(&id).expect("it lives");
+    assert_eq!(same.network, NetworkOptions::default());
+
+    let changed = sandboxes.set_network(&id, closed.clone()).await;
+    let changed = changed.expect("change");
+    assert_eq!(changed.network, closed);
+    let token = changed
+        .traffic_token
+        .clone()
+        .expect("only who has it comes in");
+    let again = sandboxes.set_network(&id, NetworkOptions::default()).await;
+    let again = again.expect("change");
+    assert_eq!(again.network.allow_internet, None, "it was not said again");
+    assert_eq!(again.traffic_token, Some(token), "who may come in stays");
+    sandboxes
+        .set_network(&id, closed.clone())
+        .await
+        .expect("change");
+
+    // It sleeps and wakes up as it was.
+    sandboxes
+        .pause(&id, PauseSandbox::default())
+        .await
+        .expect("pause");
+    let asleep = sandboxes.set_network(&id, NetworkOptions::default()).await;
+    assert!(matches!(asleep, Err(Error::Conflict { .. })));
+    let minute = Lifetime::For(Duration::from_secs(60));
+    sandboxes.connect(&id, minute).await.expect("connect");
+    let order = plane.fleet.order(&id).expect("the fleet woke it");
+    assert_eq!(order.network, closed);
+
+    // So it is after a restart; what was in force and not on record is undone.
+    let unrecorded = NetworkOptions::default();
+    plane
+        .fleet
+        .set_network(&id, &unrecorded)
+        .await
+        .expect("set");
+    let plane = plane.restart(|_| ()).await;
+    assert_eq!(
+        plane.control.sandboxes.get(&id).expect("it lives").network,
+        closed
+    );
+    assert_eq!(plane.fleet.order(&id).expect("order").network, closed);
+}
 
 fn failed() -> FleetError {
     FleetError::Failed {

@@ -9,7 +9,7 @@ use std::{
 
 use cubicle_cow::Store;
 use cubicle_ids::{SandboxId, SnapshotId};
-use cubicle_net::SlotPool;
+use cubicle_net::{EgressPolicy, SlotPool};
 use cubicle_protocol::guest_api::{CopyQuery, LogEntry};
 use cubicle_vmm::{Hypervisor, VmUsage};
 use http::{Request, Response};
@@ -175,6 +175,20 @@ impl Node {
         let sandbox = self.inner.registry.get(&order.id)?;
         sandbox
             .ask(|reply| Operation::Rollback(Box::new(order), reply))
+            .await
+    }
+
+    /// Replaces what a running sandbox may reach: on return every packet obeys the policy, also
+    /// those of connections that exist. After an error the one before is in force. Whoever resumes
+    /// or rolls the sandbox back says again what it may reach.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`]; [`Error::Busy`] while another operation on it is under way; or if the
+    /// kernel refuses.
+    pub async fn set_egress(&self, id: &SandboxId, policy: EgressPolicy) -> Result<()> {
+        let sandbox = self.inner.registry.get(id)?;
+        sandbox
+            .ask(|reply| Operation::SetEgress(policy, reply))
             .await
     }
 

@@ -10,6 +10,7 @@ use std::{any::Any, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Du
 
 use cubicle_cow::Manifest;
 use cubicle_ids::{SandboxId, SnapshotId};
+use cubicle_net::EgressPolicy;
 use cubicle_protocol::guest_api::InitRequest;
 use cubicle_vmm::{Disk, Vm};
 use futures::{FutureExt as _, future::BoxFuture};
@@ -65,6 +66,7 @@ pub(crate) enum Operation {
     Snapshot(TakeSnapshot, oneshot::Sender<Result<Taken>>),
     Pause(TakeSnapshot, oneshot::Sender<Result<Taken>>),
     Rollback(Box<CreateSandbox>, oneshot::Sender<Result<Created>>),
+    SetEgress(EgressPolicy, oneshot::Sender<Result<()>>),
 }
 
 /// Where it is in its life.
@@ -375,6 +377,20 @@ async fn serve(node: &Arc<Inner>, sandbox: &Arc<Sandbox>, running: &mut Running,
             drop(turn);
             reply.send(made).ok();
         }
+        Operation::SetEgress(policy, reply) => {
+            let set = contained(id, set_egress(node, running, &policy)).await;
+            drop(turn);
+            reply.send(set).ok();
+        }
+    }
+}
+
+/// Puts another egress policy in force.
+async fn set_egress(node: &Inner, running: &Running, policy: &EgressPolicy) -> Result<()> {
+    node.failpoints.pass("egress/set").await?;
+    match &running.held.slot {
+        Some(slot) => slot.set_egress(policy).await,
+        None => Ok(()),
     }
 }
 

@@ -107,6 +107,16 @@ async fn slots_disks_and_vms_all_come_back() {
     }
     fake.behave(Behaviour::default());
 
+    let order = CreateSandbox::new(snapshot.clone());
+    let id = order.id.clone();
+    node.create(order).await.unwrap();
+    for policy in [EgressPolicy::deny_all(), EgressPolicy::allow_all()] {
+        node.set_egress(&id, policy).await.unwrap();
+    }
+    node.kill(&id).await.unwrap();
+    let gone = node.set_egress(&id, EgressPolicy::deny_all()).await;
+    assert!(matches!(gone, Err(Error::NotFound { .. })));
+
     let capacity = node.capacity();
     assert_eq!((capacity.slots.used, capacity.memory_promised_mib), (0, 0));
     let counts = fake.counts();

@@ -1,12 +1,18 @@
-//! Network options of a create request.
+//! What a sandbox may reach and who may reach it: said when it is created, changed while it runs.
 
+use axum::extract::State;
 use cubicle_control::fleet::NetworkOptions;
+use http::StatusCode;
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use crate::error::{ApiError, ApiResult};
+use crate::{
+    AppState,
+    error::{ApiError, ApiResult, ErrorBody},
+    extract::{JsonBody, SandboxPath},
+};
 
 /// Most entries of one list.
 const MAX_ENTRIES: usize = 1024;
@@ -33,6 +39,42 @@ pub(crate) struct NetworkBody {
     https_ports: Option<Vec<Value>>,
     /// Not supported yet: must be empty.
     rules: Option<Value>,
+}
+
+/// What a running sandbox may reach from now on.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct NetworkUpdateBody {
+    #[serde(flatten)]
+    network: NetworkBody,
+    /// `false`: nothing but what `allowOut` lists.
+    #[serde(rename = "allow_internet_access", alias = "allowInternetAccess")]
+    allow_internet_access: Option<bool>,
+}
+
+/// Change a sandbox's network
+///
+/// Replaces what it may reach: what is left out allows or refuses nothing more. In force on return, for
+/// connections that exist, too. `allowPublicTraffic` and `maskRequestHost` stay as they are if they are
+/// left out.
+#[utoipa::path(
+    put, path = "/sandboxes/{sandboxID}/network", tag = "sandboxes",
+    request_body = NetworkUpdateBody, params(("sandboxID" = String, Path)),
+    responses(
+        (status = 204, description = "It is in force"),
+        (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody, description = "It does not run, or it is busy"),
+        (status = 500, body = ErrorBody),
+    ),
+)]
+pub(crate) async fn update(
+    State(state): State<AppState>,
+    SandboxPath(id): SandboxPath,
+    JsonBody(body): JsonBody<NetworkUpdateBody>,
+) -> ApiResult<StatusCode> {
+    let options = body.network.options(body.allow_internet_access)?;
+    state.control.sandboxes.set_network(&id, options).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 impl NetworkBody {
@@ -123,7 +165,6 @@ fn range(field: &'static str, text: &str) -> ApiResult<Ipv4Net> {
 
 #[cfg(test)]
 mod tests {
-    use http::StatusCode;
     use serde_json::json;
 
     use super::*;

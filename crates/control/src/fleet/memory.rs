@@ -70,11 +70,13 @@ pub enum Step {
     Copy,
     /// A look at whether a port answers has begun.
     Probe,
+    /// A change of a network has begun.
+    Network,
 }
 
 impl Step {
     /// Every step.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Create,
         Self::Kill,
         Self::Freeze,
@@ -91,6 +93,7 @@ impl Step {
         Self::Run,
         Self::Copy,
         Self::Probe,
+        Self::Network,
     ];
 }
 

@@ -17,6 +17,7 @@ pub(crate) enum Operation {
     Resume,
     Rollback,
     Fork,
+    Network,
 }
 
 impl Operation {
@@ -29,6 +30,7 @@ impl Operation {
             Self::Resume => "resume",
             Self::Rollback => "rollback",
             Self::Fork => "fork",
+            Self::Network => "network",
         }
     }
 

@@ -135,6 +135,9 @@ impl Inner {
                     report.kept += 1;
                     self.save(&entry).await?;
                     self.follow_end(&entry);
+                    if sandbox.state == State::Running {
+                        self.confirm_network(&sandbox).await;
+                    }
                 }
             }
         }

@@ -9,6 +9,7 @@ use time::OffsetDateTime;
 use crate::{
     db::{Db, from_micros, now, to_micros},
     error::{Error, Result},
+    fleet::NetworkOptions,
     lifecycle::State,
     sandbox::{EndReason, Idempotency, LifecycleOptions, Lifetime, Pause, PauseMode, Sandbox},
 };
@@ -145,6 +146,25 @@ impl Store {
             .execute(&self.db.write)
             .await
             .map_err(Error::database("move the end of a sandbox"))?;
+        Ok(())
+    }
+
+    /// Writes down what a sandbox may reach and who may reach it.
+    pub(crate) async fn set_network(
+        &self,
+        id: &SandboxId,
+        network: &NetworkOptions,
+        traffic_token: Option<&str>,
+    ) -> Result<()> {
+        sqlx::query(
+            "UPDATE sandboxes SET network = ?, traffic_token = ? WHERE id = ? AND state <> 'dead'",
+        )
+        .bind(json(network))
+        .bind(traffic_token)
+        .bind(id.as_str())
+        .execute(&self.db.write)
+        .await
+        .map_err(Error::database("change the network of a sandbox"))?;
         Ok(())
     }
 

@@ -326,6 +326,16 @@ impl Fleet for NodeFleet {
         created.map(told).map_err(failed(doing))
     }
 
+    async fn set_network(
+        &self,
+        id: &SandboxId,
+        network: &NetworkOptions,
+    ) -> Result<(), FleetError> {
+        let policy = egress(network).unwrap_or_else(EgressPolicy::allow_all);
+        let set = self.node.set_egress(id, policy).await;
+        set.map_err(failed(format!("change the network of sandbox {id}")))
+    }
+
     async fn snapshots(&self) -> Result<Vec<SnapshotFact>, FleetError> {
         let store = self.node.store().clone();
         let facts = tokio::task::spawn_blocking(move || {

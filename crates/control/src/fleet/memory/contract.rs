@@ -11,8 +11,8 @@ use super::{MemoryFleet, Step, Vm};
 use crate::{
     fleet::{
         BuildOrder, BuildStep, CopyFiles, CreateOrder, Created, Ended, Fact, Fleet, FleetError,
-        FleetEvent, FreezeOrder, HostUsage, Machine, OriginFacts, Output, Program, SnapshotFact,
-        SnapshotTaken, Usage,
+        FleetEvent, FreezeOrder, HostUsage, Machine, NetworkOptions, OriginFacts, Output, Program,
+        SnapshotFact, SnapshotTaken, Usage,
     },
     template::Origin,
 };
@@ -88,6 +88,20 @@ impl Fleet for MemoryFleet {
         let created = self.restore(order, generation + 1)?;
         self.reach(Step::Switched).await?;
         Ok(created)
+    }
+
+    async fn set_network(
+        &self,
+        id: &SandboxId,
+        network: &NetworkOptions,
+    ) -> Result<(), FleetError> {
+        let _doing = self.begin(id)?;
+        self.reach(Step::Network).await?;
+        let mut state = self.lock();
+        let order = state.orders.get_mut(id);
+        let order = order.ok_or_else(|| FleetError::NoSandbox { id: id.clone() })?;
+        order.network = network.clone();
+        Ok(())
     }
 
     async fn snapshots(&self) -> Result<Vec<SnapshotFact>, FleetError> {
