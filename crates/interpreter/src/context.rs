@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     Error, Language, Surroundings,
-    kernel::{Event, Kernel, Launch, MAX_MESSAGE, Pending, Ports, Whose},
+    kernel::{Event, Kernel, Launch, MAX_MESSAGE, Pending, Whose},
     kernelspec::{Kernelspec, Search},
     language::{Change, Reseed},
     output::{Output, Rich, Text, content},
@@ -38,7 +38,6 @@ pub(crate) struct Shared {
     pub(crate) surroundings: Arc<dyn Surroundings>,
     pub(crate) search: Search,
     pub(crate) directory: PathBuf,
-    pub(crate) ports: Ports,
 }
 
 /// A context of executions.
@@ -247,7 +246,6 @@ impl Context {
             environment: &environment,
             cwd: &self.cwd,
             directory: &self.shared.directory,
-            ports: &self.shared.ports,
         })
         .await?;
         let kernel = Arc::new(kernel);

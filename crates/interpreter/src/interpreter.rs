@@ -10,7 +10,6 @@ use serde::Serialize;
 use crate::{
     Error, Language, Surroundings,
     context::{Context, Shared, is_variable},
-    kernel::Ports,
     kernelspec::Search,
     process,
     stream::{self, Source},
@@ -101,7 +100,6 @@ impl Interpreter {
                 surroundings,
                 search,
                 directory,
-                ports: Ports::default(),
             }),
             default_cwd: PathBuf::from(DEFAULT_CWD),
             contexts: Mutex::default(),

@@ -1,9 +1,9 @@
 //! A running kernel and the connections to it.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     fs, io,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -27,6 +27,7 @@ use crate::{
     Error,
     kernelspec::{Interrupt, Kernelspec, Search},
     output::content,
+    ports::Ports,
     process::Process,
     wire::{Key, Message, Request},
     zmtp::{self, Received, Receiver, Sender, Socket},
@@ -52,7 +53,6 @@ pub(crate) struct Launch<'a> {
     pub(crate) cwd: &'a Path,
     /// Where its files are.
     pub(crate) directory: &'a Path,
-    pub(crate) ports: &'a Ports,
 }
 
 /// Whose code is run.
@@ -108,51 +108,11 @@ pub(crate) struct Kernel {
     _files: Files,
 }
 
-/// Ports that kernels have been given, so that two that start at once are not given the same.
-#[derive(Debug, Default)]
-pub(crate) struct Ports(Arc<Mutex<HashSet<u16>>>);
-
-#[derive(Debug)]
-struct Reserved {
-    numbers: [u16; 5],
-    all: Arc<Mutex<HashSet<u16>>>,
-}
-
-impl Ports {
-    fn reserve(&self) -> io::Result<Reserved> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Held until all are chosen.
-        let mut listeners = Vec::new();
-        let mut numbers = Vec::new();
-        while numbers.len() < 5 {
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-            let number = listener.local_addr()?.port();
-            if all.insert(number) {
-                numbers.push(number);
-            }
-            listeners.push(listener);
-        }
-        Ok(Reserved {
-            numbers: [numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]],
-            all: Arc::clone(&self.0),
-        })
-    }
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        for number in self.numbers {
-            all.remove(&number);
-        }
-    }
-}
-
 /// A kernel's connection file and ports.
 #[derive(Debug)]
 struct Files {
     connection: PathBuf,
-    ports: Reserved,
+    ports: Ports,
 }
 
 impl Drop for Files {
@@ -164,7 +124,7 @@ impl Drop for Files {
 impl Files {
     fn make(launch: &Launch<'_>, id: &str, key: &str) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Prepare { what, source };
-        let ports = launch.ports.reserve().map_err(failed("find ports"))?;
+        let ports = Ports::reserve().map_err(failed("find ports"))?;
         fs::create_dir_all(launch.directory).map_err(failed("make a directory"))?;
         let connection = launch.directory.join(format!("{id}.json"));
         let [shell, iopub, control, stdin, heartbeat] = ports.numbers;

@@ -25,6 +25,7 @@ mod kernel;
 mod kernelspec;
 mod language;
 mod output;
+mod ports;
 mod process;
 mod stream;
 mod wire;
