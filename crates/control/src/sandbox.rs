@@ -21,10 +21,15 @@ mod rollback;
 mod sampler;
 pub(crate) mod store;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use cubicle_ids::{SandboxId, SnapshotId};
 use time::OffsetDateTime;
+use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
@@ -322,6 +327,33 @@ impl Inner {
             }),
             _ => Err(Error::SandboxNotFound { id: id.clone() }),
         }
+    }
+
+    /// Sees an operation through in a task of its own, whether or not anybody still waits for it.
+    async fn see_through<T, F>(
+        self: &Arc<Self>,
+        operation: Operation,
+        (entry, underway): (Arc<Entry>, Underway),
+        work: impl FnOnce(Arc<Self>, Arc<Entry>) -> F,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let inner = Arc::clone(self);
+        let working = work(Arc::clone(self), Arc::clone(&entry));
+        self.tasks.spawn(async move {
+            let began = Instant::now();
+            let result = working.await;
+            drop(underway);
+            inner.look_after(&entry);
+            inner
+                .metrics
+                .ended(operation, result.is_ok(), began.elapsed());
+            let _ = answer.send(result);
+        });
+        answered.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
     /// How long a guest may take to write out its caches before it is frozen anyway. With its

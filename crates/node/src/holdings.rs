@@ -2,6 +2,7 @@
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use cubicle_net::EgressPolicy;
 use cubicle_vmm::Vm;
 use futures::FutureExt as _;
 
@@ -40,6 +41,14 @@ impl Holdings {
             slot: None,
             volumes: false,
             vm: None,
+        }
+    }
+
+    /// Puts an egress policy in force. Without a slot there is nothing that could be reached.
+    pub(crate) async fn set_egress(&self, policy: &EgressPolicy) -> Result<()> {
+        match &self.slot {
+            Some(slot) => slot.set_egress(policy).await,
+            None => Ok(()),
         }
     }
 

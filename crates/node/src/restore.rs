@@ -109,11 +109,9 @@ async fn adapt(
     let mut timings = PhaseTimings::default();
     let begun = Instant::now();
     node.failpoints.pass("create/egress").await?;
-    if let Some(slot) = &held.slot {
-        let egress = order.egress.clone();
-        let egress = egress.unwrap_or_else(EgressPolicy::allow_all);
-        slot.set_egress(&egress).await?;
-    }
+    let egress = order.egress.clone();
+    held.set_egress(&egress.unwrap_or_else(EgressPolicy::allow_all))
+        .await?;
     timings.slot = begun.elapsed();
 
     // A life of its own, of which nothing was ever anybody else's.

@@ -378,19 +378,10 @@ async fn serve(node: &Arc<Inner>, sandbox: &Arc<Sandbox>, running: &mut Running,
             reply.send(made).ok();
         }
         Operation::SetEgress(policy, reply) => {
-            let set = contained(id, set_egress(node, running, &policy)).await;
+            let set = contained(id, running.held.set_egress(&policy)).await;
             drop(turn);
             reply.send(set).ok();
         }
-    }
-}
-
-/// Puts another egress policy in force.
-async fn set_egress(node: &Inner, running: &Running, policy: &EgressPolicy) -> Result<()> {
-    node.failpoints.pass("egress/set").await?;
-    match &running.held.slot {
-        Some(slot) => slot.set_egress(policy).await,
-        None => Ok(()),
     }
 }
 

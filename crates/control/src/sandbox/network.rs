@@ -1,9 +1,8 @@
 //! What a sandbox may reach, changed while it runs.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use cubicle_ids::SandboxId;
-use tokio::sync::oneshot;
 
 use super::{Entry, Inner, Sandbox, Sandboxes, create::traffic_token, operation::Operation};
 use crate::{
@@ -25,20 +24,13 @@ impl Sandboxes {
         wanted: NetworkOptions,
     ) -> Result<Arc<Sandbox>> {
         let why = "only the network of a running sandbox can be changed; resume it first";
-        let (entry, underway) = self.inner.begin(id, Operation::Network, why)?;
-        let (answer, answered) = oneshot::channel();
-        let inner = Arc::clone(&self.inner);
-        self.inner.tasks.spawn(async move {
-            let began = Instant::now();
-            let result = inner.set_network(&entry, wanted).await;
-            drop(underway);
-            inner.look_after(&entry);
-            inner
-                .metrics
-                .ended(Operation::Network, result.is_ok(), began.elapsed());
-            let _ = answer.send(result);
-        });
-        answered.await.unwrap_or(Err(Error::ShuttingDown))
+        let begun = self.inner.begin(id, Operation::Network, why)?;
+        let work = |inner: Arc<Inner>, entry: Arc<Entry>| async move {
+            inner.set_network(&entry, wanted).await
+        };
+        self.inner
+            .see_through(Operation::Network, begun, work)
+            .await
     }
 }
 

@@ -1,9 +1,8 @@
 //! A sandbox goes back to its past.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use cubicle_ids::{SandboxId, SnapshotId};
-use tokio::sync::oneshot;
 
 use super::{Entry, Inner, Sandbox, Sandboxes, create::of_fleet, operation::Operation};
 use crate::{
@@ -35,19 +34,13 @@ impl Sandboxes {
         let why = "only a running sandbox can be rolled back; resume it first";
         let (entry, underway) = self.inner.begin(id, Operation::Rollback, why)?;
         let target = self.inner.past(&entry.sandbox(), snapshot).await?;
-        let (answer, answered) = oneshot::channel();
-        let inner = Arc::clone(&self.inner);
-        self.inner.tasks.spawn(async move {
-            let began = Instant::now();
-            let result = inner.rollback(&entry, target).await;
-            drop(underway);
-            inner.look_after(&entry);
-            inner
-                .metrics
-                .ended(Operation::Rollback, result.is_ok(), began.elapsed());
-            let _ = answer.send(result);
-        });
-        answered.await.unwrap_or(Err(Error::ShuttingDown))
+        let work = |inner: Arc<Inner>, entry: Arc<Entry>| async move {
+            inner.rollback(&entry, target).await
+        };
+        let begun = (entry, underway);
+        self.inner
+            .see_through(Operation::Rollback, begun, work)
+            .await
     }
 }
 
