@@ -169,6 +169,15 @@ async fn a_failing_step_says_which_and_why_and_the_next_build_goes_on_from_there
     plane.fleet.fail_at(Step::Origin, failed());
     let lost = build(&plane, "y", spec(vec![run("one")])).await;
     assert_eq!(lost.failed_step.as_deref(), Some("base"));
+
+    // Whether `x` would be made the same again cannot be told without its recipe: neither when the
+    // build is asked for nor when it runs.
+    plane.fleet.fail_at(Step::Origin, failed());
+    plane.fleet.fail_at(Step::Origin, failed());
+    let again = build(&plane, "x", spec(vec![])).await;
+    assert_eq!(again.failed_step.as_deref(), Some("base"), "{again:?}");
+    let kept = plane.control.templates.resolve("x").await.expect("x");
+    assert_eq!(Some(kept.snapshot), base.snapshot);
 }
 
 #[tokio::test]

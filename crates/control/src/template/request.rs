@@ -196,7 +196,8 @@ impl Templates {
 
     /// The build that a name stands for, if nothing but a recipe was asked for and that would make
     /// the same again: the recipe, the kernel and the guest daemon are what they were. What else
-    /// there is can only be compared once its origin was fetched.
+    /// there is can only be compared once its origin was fetched. A recipe that cannot be read now
+    /// is left to the build, which tells why in its log.
     async fn made_the_same_way(
         &self,
         reference: &Reference,
@@ -219,7 +220,9 @@ impl Templates {
             return Ok(None);
         };
         let (unheard, _) = mpsc::unbounded_channel();
-        let facts = self.fleet.origin(&spec.origin, unheard).await?;
+        let Ok(facts) = self.fleet.origin(&spec.origin, unheard).await else {
+            return Ok(None);
+        };
         let ground =
             Ground::of_origin(&facts, wanted.cpu_count, wanted.memory_mib, wanted.disk_mib);
         let fingerprint = Plan::new(&ground, spec).fingerprint;
