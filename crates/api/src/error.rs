@@ -5,7 +5,7 @@ use axum::{
     Json,
     response::{IntoResponse, Response},
 };
-use cubicle_control::{Error as Control, fleet::FleetError};
+use cubicle_control::{Error as Control, fleet::FleetError, volume::Problem};
 use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -154,6 +154,14 @@ impl From<Control> for ApiError {
             | Control::NotInStore { .. } => StatusCode::NOT_FOUND,
             Control::Invalid { .. } | Control::TemplateNotReady { .. } => StatusCode::BAD_REQUEST,
             Control::HostMountRefused { .. } => StatusCode::FORBIDDEN,
+            Control::VolumeToken { .. } => StatusCode::UNAUTHORIZED,
+            Control::VolumePath { problem, .. } => match problem {
+                Problem::NotFound => StatusCode::NOT_FOUND,
+                Problem::Exists => StatusCode::CONFLICT,
+                Problem::Full => StatusCode::INSUFFICIENT_STORAGE,
+                Problem::Other(_) => return Self::internal(&error),
+                _ => StatusCode::BAD_REQUEST,
+            },
             Control::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
             Control::BuildInProgress { .. }
             | Control::Conflict { .. }

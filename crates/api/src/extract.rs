@@ -227,6 +227,16 @@ impl Query {
         }
     }
 
+    /// A parameter that is `true` or `false`, as programs write these.
+    pub(crate) fn flag(&self, name: &str) -> ApiResult<Option<bool>> {
+        match self.text(name)?.map(str::to_ascii_lowercase).as_deref() {
+            None => Ok(None),
+            Some("true" | "1") => Ok(Some(true)),
+            Some("false" | "0") => Ok(Some(false)),
+            Some(_) => Err(ApiError::field(name, "is neither true nor false")),
+        }
+    }
+
     /// A parameter that is a time in RFC 3339.
     pub(crate) fn time(&self, name: &str) -> ApiResult<Option<OffsetDateTime>> {
         let Some(text) = self.text(name)? else {
@@ -302,6 +312,13 @@ mod tests {
         assert!(query.text("d").is_err());
         assert!(query.time("t").expect("a zone with a bare plus").is_some());
         assert!(Query::parse("t=yesterday").time("t").is_err());
+        let flags = Query::parse("a=true&b=False&c=1&d=yes");
+        let flag = |name| flags.flag(name).ok();
+        assert_eq!(
+            ["a", "b", "c", "e"].map(flag),
+            [Some(true), Some(false), Some(true), None].map(Some)
+        );
+        assert_eq!(flag("d"), None);
         let far = format!("t={}", u64::MAX);
         assert!(Query::parse(&far).unix_seconds("t").is_err());
     }

@@ -78,7 +78,12 @@ pub(crate) fn parts() -> (Parts, utoipa::openapi::OpenApi) {
                 .merge(volumes::router()),
             "",
         ),
-        open: split(system::open_router().merge(templates::open_router()), ""),
+        open: split(
+            system::open_router()
+                .merge(templates::open_router())
+                .merge(volumes::open_router()),
+            "",
+        ),
         cluster: split(system::cluster_router(), "/cubeapi/v1"),
         own: split(
             system::own_router()

@@ -1,5 +1,7 @@
 //! Volumes, and what is mounted in sandboxes, in the words of E2B's clients and of Cube's.
 
+mod content;
+
 use std::{collections::BTreeMap, path::PathBuf};
 
 use axum::{Json, extract::State};
@@ -18,6 +20,8 @@ use crate::{
     error::{ApiError, ApiResult, ErrorBody},
     extract::{JsonBody, Segment},
 };
+
+pub(crate) use self::content::open_router;
 
 /// Keys of metadata by which Cube's clients ask for a directory of the host.
 const HOST_MOUNTS: [&str; 2] = ["host-mount", "hostdir-mount"];
@@ -59,7 +63,7 @@ pub(crate) struct VolumeBody {
 pub(crate) struct VolumeAndTokenBody {
     #[serde(flatten)]
     volume: VolumeBody,
-    /// For clients that speak to the volume itself.
+    /// Gives access to what is in it, under `/volumecontent/{volumeID}`.
     token: String,
 }
 

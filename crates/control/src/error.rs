@@ -160,6 +160,25 @@ pub enum Error {
         /// The reference as it was given.
         reference: String,
     },
+    /// Who asks for the content of a volume has to present its token.
+    #[error(
+        "this is not the token of volume {volume}: it comes with `POST /volumes` and \
+         `GET /volumes/{volume}`, and goes into `Authorization: Bearer`"
+    )]
+    VolumeToken {
+        /// The volume's id.
+        volume: String,
+    },
+    /// Something in a volume is not as it would have to be.
+    #[error("/{path} in volume {volume}: {problem}")]
+    VolumePath {
+        /// The volume's id.
+        volume: String,
+        /// What was asked for.
+        path: cubicle_protocol::share::RelativePath,
+        /// What is wrong.
+        problem: cubicle_share::Problem,
+    },
     /// A sandbox has the volume mounted.
     #[error("Volume '{name}' is mounted in sandbox {sandbox}; kill that first")]
     VolumeInUse {

@@ -6,6 +6,7 @@
 //! [`Sandbox::mounts`](crate::sandbox::Sandbox::mounts), from their creation to their end; a fork, a
 //! rollback and a resume change nothing about it.
 
+mod content;
 mod directories;
 mod mount;
 mod store;
@@ -16,10 +17,13 @@ use std::{
 };
 
 use cubicle_ids::SnapshotId;
+pub use cubicle_protocol::share::{Kind, RelativePath, Time};
+pub use cubicle_share::{Attributes, Item, Problem};
 use time::OffsetDateTime;
 
 use self::store::Store;
 pub use self::{
+    content::Content,
     directories::Directories,
     mount::{MAX_MOUNTS, Mount, MountRequest, MountSource},
 };

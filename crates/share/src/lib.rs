@@ -1,4 +1,5 @@
-//! The host's end of a share: one directory tree, for one sandbox that has it mounted.
+//! The host's end of a share: one directory tree, for one sandbox that has it mounted. And the same
+//! tree for those who reach it from outside of any sandbox: [`Contents`].
 //!
 //! A [`Share`] does what a guest asks for ([`cubicle_protocol::share`]), with paths, and keeps
 //! nothing but a cache of open files, so that it can be dropped and opened again at any time: the
@@ -17,6 +18,7 @@
 //!   memory, [`MAX_OPEN_FILES`] descriptors, and [`MAX_PARALLEL`] threads; all guests together as
 //!   many threads as [`Workers`] allows. Threads that run async code never wait for a disk.
 
+mod content;
 mod error;
 mod files;
 mod operations;
@@ -26,6 +28,7 @@ mod share;
 mod space;
 mod status;
 
+pub use content::{Attributes, Contents, Item, MAX_LISTED, Problem, Upload};
 pub use error::{Error, Result};
 pub use files::MAX_OPEN_FILES;
 pub use serve::{MAX_PARALLEL, Outgoing, Workers, serve};

@@ -25,11 +25,8 @@ use crate::{
     root::{Place, proc_path},
     share::{Access, Share},
     space,
-    status::timespec,
+    status::{PERMISSIONS, timespec},
 };
-
-/// The part of `rwxrwxrwx` in a mode. What makes a program run as somebody else is not in it.
-const PERMISSIONS: u32 = 0o777;
 
 /// The only attributes that guests get to see: all others mean something to the host.
 const ATTRIBUTES: &[u8] = b"user.";

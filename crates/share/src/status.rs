@@ -6,23 +6,30 @@ use rustix::{
     io::Errno,
 };
 
+/// The part of `rwxrwxrwx` in a mode. What makes a program run as somebody else is not in it.
+pub(crate) const PERMISSIONS: u32 = 0o777;
+
 /// What the guest is told of a file. `root_device` is the device of the share's root.
 pub(crate) fn status(stat: &Stat, root_device: u64) -> Status {
     Status {
         inode: inode(stat, root_device),
-        kind: match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Kind::File,
-            FileType::Directory => Kind::Directory,
-            FileType::Symlink => Kind::Symlink,
-            _ => Kind::Other,
-        },
-        permissions: (stat.st_mode & 0o777) as u16,
+        kind: kind(stat),
+        permissions: (stat.st_mode & PERMISSIONS) as u16,
         links: u32::try_from(stat.st_nlink).unwrap_or(u32::MAX),
         size: stat.st_size.unsigned_abs(),
         blocks: stat.st_blocks.unsigned_abs(),
         accessed: time(stat.st_atime, stat.st_atime_nsec),
         modified: time(stat.st_mtime, stat.st_mtime_nsec),
         changed: time(stat.st_ctime, stat.st_ctime_nsec),
+    }
+}
+
+pub(crate) fn kind(stat: &Stat) -> Kind {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Kind::File,
+        FileType::Directory => Kind::Directory,
+        FileType::Symlink => Kind::Symlink,
+        _ => Kind::Other,
     }
 }
 
@@ -33,7 +40,7 @@ pub(crate) fn inode(stat: &Stat, root_device: u64) -> u64 {
     stat.st_ino ^ (stat.st_dev ^ root_device).rotate_right(24)
 }
 
-fn time(seconds: i64, nanos: u64) -> Time {
+pub(crate) fn time(seconds: i64, nanos: u64) -> Time {
     Time {
         seconds,
         nanos: u32::try_from(nanos).unwrap_or(0),

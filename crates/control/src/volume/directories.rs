@@ -13,8 +13,9 @@ use crate::{
     secret,
 };
 
-/// What the names of directories begin with that are being removed.
+/// What the names of what is being removed begin with, and of files that are not whole yet.
 const TRASH: &str = ".trash-";
+const DRAFT: &str = ".draft-";
 
 /// See the module.
 #[derive(Debug)]
@@ -136,10 +137,7 @@ impl Directories {
     /// server starts.
     pub(super) async fn remove(&self, id: &str) -> Result<()> {
         let path = self.path(id);
-        let trash = self
-            .config
-            .directory
-            .join(format!("{TRASH}{}", secret::hex(8)));
+        let trash = self.trash();
         let renamed = trash.clone();
         blocking("remove", path.clone(), move || {
             match fs::rename(&path, &renamed) {
@@ -148,18 +146,39 @@ impl Directories {
             }
         })
         .await?;
-        // Nobody waits for this: there may be a lot in it.
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = remove_tree(&trash) {
-                tracing::warn!(%error, path = %trash.display(), "could not remove a volume's files");
-            }
-        });
+        empty(trash);
         Ok(())
     }
 
-    fn path(&self, id: &str) -> PathBuf {
+    /// Where the content of a volume is.
+    pub(super) fn path(&self, id: &str) -> PathBuf {
         self.config.directory.join(id)
     }
+
+    /// Where something goes that is to be removed with [`empty`]. What is left there, and in
+    /// [`Self::draft`], is removed when the server starts.
+    pub(super) fn trash(&self) -> PathBuf {
+        self.temporary(TRASH)
+    }
+
+    /// Where a file is that is not whole yet.
+    pub(super) fn draft(&self) -> PathBuf {
+        self.temporary(DRAFT)
+    }
+
+    fn temporary(&self, prefix: &str) -> PathBuf {
+        let name = format!("{prefix}{}", secret::hex(8));
+        self.config.directory.join(name)
+    }
+}
+
+/// Removes what was moved to [`Directories::trash`]. Nobody waits for this: there may be a lot in it.
+pub(super) fn empty(trash: PathBuf) {
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = remove_tree(&trash) {
+            tracing::warn!(%error, path = %trash.display(), "could not remove a volume's files");
+        }
+    });
 }
 
 /// Removes a file or a directory, without following links; one that is gone is no error.
