@@ -8,6 +8,8 @@ import uuid
 
 import pytest
 from conftest import SHARED
+from e2b import Volume
+from e2b.exceptions import VolumeException
 
 MARK = "/home/user/mark"
 
@@ -257,7 +259,39 @@ def test_nothing_is_left(server, volume, host):
     assert [path.name for path in host.iterdir()] == ["kept"]
 
 
-def test_volumes_on_the_command_line(server):
+def test_a_volume_is_filled_and_read_without_a_sandbox(server, volume, monkeypatch):
+    """E2B's own client does it, and a sandbox sees what it did, and the other way round."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    e2b = Volume.connect(volume["volumeID"])
+    e2b.make_dir("/in/deep", force=True)
+    content = bytes(range(256)) * 16384
+    written = e2b.write_file("/in/deep/file", content, mode=0o600)
+    assert (written.path, written.size) == ("/in/deep/file", len(content))
+    with pytest.raises(VolumeException, match="exists already"):
+        e2b.write_file("/in/deep/file", "other")
+    mounts = [{"name": volume["name"], "path": "/data"}]
+    sandbox = server.create(timeout=120, volumeMounts=mounts)
+    seen = run(server, sandbox, "stat -c '%a %s %U' /data/in/deep/file; cd /data; cp -r in out")
+    assert seen == f"600 {len(content)} user\n"
+    assert e2b.read_file("/out/deep/file", format="bytes") == content
+    paths = [entry.path for entry in e2b.list("/", depth=3)]
+    assert paths == ["/in", "/in/deep", "/in/deep/file", "/out", "/out/deep", "/out/deep/file"]
+    e2b.write_file("/out/deep/file", "short", force=True)
+    until_seen(server, sandbox, "cat /data/out/deep/file", "short")
+    e2b.remove("/out")
+    until_seen(server, sandbox, "ls /data", "in\n")
+    assert not e2b.exists("/out/deep")
+    # Where links lead is the sandbox's business.
+    run(server, sandbox, "ln -s /etc/passwd /data/link")
+    link = e2b.get_info("/link")
+    assert link.target == "/etc/passwd"
+    with pytest.raises(VolumeException, match="neither a file nor a directory"):
+        e2b.read_file("/link")
+    server.kill(sandbox)
+
+
+def test_volumes_on_the_command_line(server, tmp_path):
     name = f"cli-{uuid.uuid4().hex[:8]}"
     created = server.cli("volume", "create", name).stdout.strip()
     assert created.startswith("vol-")
@@ -269,5 +303,16 @@ def test_volumes_on_the_command_line(server):
     refused = server.cli("volume", "rm", name, check=False)
     assert refused.returncode != 0 and made in refused.stderr
     server.cli("sandbox", "kill", made)
+    server.cli("volume", "cp", f"{name}:file", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "hello\n"
+    (tmp_path / "tree/sub").mkdir(parents=True)
+    (tmp_path / "tree/sub/one").write_text("1")
+    (tmp_path / "tree/two").write_text("2")
+    copied = server.cli("--json", "volume", "cp", str(tmp_path / "tree"), f"{name}:/copy")
+    assert json.loads(copied.stdout) == {"files": 2, "bytes": 2}
+    server.cli("volume", "cp", f"{name}:/", str(tmp_path / "all"))
+    assert (tmp_path / "all/copy/sub/one").read_text() == "1"
+    missing = server.cli("volume", "cp", f"{name}:/no", str(tmp_path), check=False)
+    assert missing.returncode != 0 and "/no in volume" in missing.stderr
     assert server.cli("volume", "rm", name).stdout.strip() == name
     assert server.cli("volume", "rm", name, check=False).returncode != 0

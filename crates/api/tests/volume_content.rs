@@ -1,5 +1,7 @@
 //! What is in volumes over HTTP, as E2B's clients read and write it.
 
+#![allow(clippy::expect_used, reason = "tests may panic")]
+
 mod common;
 
 use axum::body::{Body, Bytes};

@@ -9,8 +9,9 @@ use common::{Plane, eventually, request};
 use cubicle_control::{
     Error,
     sandbox::{CreateSandbox, ForkSandbox, Lifetime},
-    volume::{Directories, Mount, MountRequest, MountSource, VolumeConfig},
+    volume::{Attributes, Directories, Mount, MountRequest, MountSource, VolumeConfig},
 };
+use futures::{StreamExt as _, stream};
 
 fn volume(name: &str, path: &str) -> MountRequest {
     Mount {
@@ -68,6 +69,51 @@ async fn volumes_are_made_found_and_deleted_with_all_that_is_in_them() {
     assert!(!root.join(&data.id).exists());
     let error = volumes.delete("data").await.expect_err("gone");
     assert!(matches!(error, Error::VolumeNotFound { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn what_is_written_and_removed_in_a_volume_leaves_nothing_beside_it() {
+    let plane = Plane::new().await;
+    let root = plane.dir.path().join("volumes-data");
+    let beside = || fs::read_dir(&root).expect("list").count() - 1;
+    let volumes = &plane.control.volumes;
+    let data = volumes.create(Some("data")).await.expect("volume");
+    let error = volumes.content(&data.id, "").await.expect_err("no token");
+    assert!(matches!(error, Error::VolumeToken { .. }), "{error}");
+    let content = volumes.content(&data.id, &data.token).await;
+    let content = content.expect("content");
+
+    let any = Attributes::default();
+    let made = content.make_directory("/deep", any, false).await;
+    made.expect("directory");
+    // Somebody who writes half of a file and goes away.
+    let half = stream::once(async { Ok("half".into()) }).chain(stream::pending());
+    {
+        let mut writing = std::pin::pin!(content.write("/deep/file", any, false, half));
+        while beside() == 0 {
+            assert!(futures::poll!(&mut writing).is_pending());
+            tokio::task::yield_now().await;
+        }
+    }
+    eventually("the end of half a file", || beside() == 0).await;
+    let error = content.item("/deep/file").await.expect_err("half a file");
+    assert!(error.to_string().contains("/deep/file"), "{error}");
+
+    let whole = stream::iter(["whole", " file"].map(|text| Ok(text.into())));
+    let written = content.write("/deep/file", any, false, whole).await;
+    assert_eq!(written.expect("written").size, 10);
+    assert_eq!(beside(), 0);
+    let path = root.join(&data.id).join("deep/file");
+    assert_eq!(fs::read(path).expect("file"), b"whole file");
+    content.remove("/deep").await.expect("remove");
+    assert!(content.list("/", 9).await.expect("list").is_empty());
+    eventually("the end of what was removed", || beside() == 0).await;
+
+    // What a server that was killed leaves.
+    fs::write(root.join(".draft-0"), "half").expect("write");
+    fs::create_dir_all(root.join(".trash-0/deep")).expect("make");
+    let _plane = plane.restart(|_| ()).await;
+    assert_eq!(beside(), 0);
 }
 
 #[tokio::test]

@@ -19,6 +19,15 @@ pub(crate) enum Volume {
         /// Its id or name
         volume: String,
     },
+    /// Copy files or directories into a volume or out of it
+    ///
+    /// One side is `<volume>:<path>`, from the top of the volume. No sandbox is needed.
+    Cp {
+        /// From where
+        source: String,
+        /// To where
+        destination: String,
+    },
     /// Delete volumes with all that is in them; not while a sandbox has them mounted
     Rm {
         /// Their ids or names

@@ -4,6 +4,7 @@
 //! any program can do.
 
 pub(crate) mod envd;
+pub(crate) mod remote;
 pub(crate) mod snapshots;
 pub(crate) mod templates;
 

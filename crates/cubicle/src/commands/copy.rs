@@ -1,54 +1,94 @@
-//! `cubicle sandbox cp`: files and directories, into a sandbox or out of it.
+//! `cubicle sandbox cp` and `cubicle volume cp`: files and directories, to the other end or from there.
 
 use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
+use serde::Serialize;
 use tokio::io::AsyncWriteExt as _;
 use tokio_util::io::ReaderStream;
 
 use crate::{
-    client::{Client, SandboxRef},
+    client::{Client, remote::Remote},
     error::Error,
+    output,
 };
+
+/// What is at the other end.
+pub(crate) enum End {
+    /// A sandbox; whose files they are in it.
+    Sandbox {
+        user: Option<String>,
+    },
+    Volume,
+}
+
+/// What was copied.
+#[derive(Debug, Serialize)]
+pub(crate) struct Copied {
+    files: u64,
+    bytes: u64,
+}
+
+impl Copied {
+    /// Tells programs; a person sees that nothing went wrong.
+    pub(crate) fn print(&self, json: bool) {
+        if json {
+            output::print_json(self);
+        }
+    }
+}
 
 /// One side of a copy.
 #[derive(Debug, PartialEq, Eq)]
 enum Side {
     Here(PathBuf),
-    There { sandbox: String, path: String },
+    There { name: String, path: String },
 }
 
-/// `<sandbox>:<path>` is there; anything with a slash before its colon is a file of ours.
+/// `<name>:<path>` is there; anything with a slash before its colon is a file of ours.
 fn side(text: &str) -> Side {
     match text.split_once(':') {
-        Some((sandbox, path)) if !sandbox.is_empty() && !sandbox.contains('/') => Side::There {
-            sandbox: sandbox.to_owned(),
+        Some((name, path)) if !name.is_empty() && !name.contains('/') => Side::There {
+            name: name.to_owned(),
             path: path.to_owned(),
         },
         _ => Side::Here(text.into()),
     }
 }
 
-/// Copies; returns how many files and bytes.
+/// Copies, in place of what is there.
 pub(crate) async fn copy(
     client: &Client,
+    end: End,
     source: &str,
     destination: &str,
-    user: Option<String>,
-) -> Result<(u64, u64), Error> {
+) -> Result<Copied, Error> {
     match (side(source), side(destination)) {
-        (Side::Here(from), Side::There { sandbox, path }) => {
-            let sandbox = client.sandbox(&sandbox, user).await?;
-            upload(client, &sandbox, &from, &path).await
+        (Side::Here(from), Side::There { name, path }) => {
+            let remote = end.open(client, &name).await?;
+            upload(client, &remote, &from, &path).await
         }
-        (Side::There { sandbox, path }, Side::Here(to)) => {
-            let sandbox = client.sandbox(&sandbox, user).await?;
-            download(client, &sandbox, &path, &to).await
+        (Side::There { name, path }, Side::Here(to)) => {
+            let remote = end.open(client, &name).await?;
+            download(client, &remote, &path, &to).await
         }
-        _ => Err(Error::Usage(
-            "exactly one side must be in a sandbox: <sandbox>:<path>".to_owned(),
-        )),
+        _ => Err(Error::Usage(end.one_side().to_owned())),
+    }
+}
+
+impl End {
+    async fn open(self, client: &Client, name: &str) -> Result<Remote, Error> {
+        match self {
+            Self::Sandbox { user } => Ok(Remote::Sandbox(client.sandbox(name, user).await?)),
+            Self::Volume => Ok(Remote::Volume(client.volume(name).await?)),
+        }
+    }
+
+    fn one_side(&self) -> &'static str {
+        match self {
+            Self::Sandbox { .. } => "exactly one side must be in a sandbox: <sandbox>:<path>",
+            Self::Volume => "exactly one side must be in a volume: <volume>:<path>",
+        }
     }
 }
 
@@ -97,12 +137,7 @@ fn walk(root: &Path) -> Result<Vec<(PathBuf, String)>, Error> {
     Ok(files)
 }
 
-async fn upload(
-    client: &Client,
-    sandbox: &SandboxRef,
-    from: &Path,
-    to: &str,
-) -> Result<(u64, u64), Error> {
+async fn upload(client: &Client, remote: &Remote, from: &Path, to: &str) -> Result<Copied, Error> {
     let files = walk(from)?;
     let bar = progress();
     let mut bytes = 0;
@@ -131,43 +166,32 @@ async fn upload(
             .len();
         let counted = bar.wrap_async_read(file);
         let content = reqwest::Body::wrap_stream(ReaderStream::with_capacity(counted, 256 * 1024));
-        client.write_file(sandbox, &target, content).await?;
+        remote.write(client, &target, content).await?;
     }
     bar.finish_and_clear();
-    Ok((files.len() as u64, bytes))
+    Ok(Copied {
+        files: files.len() as u64,
+        bytes,
+    })
 }
 
 async fn download(
     client: &Client,
-    sandbox: &SandboxRef,
+    remote: &Remote,
     from: &str,
     to: &Path,
-) -> Result<(u64, u64), Error> {
-    let stat = client
-        .unary(
-            sandbox,
-            "filesystem.Filesystem/Stat",
-            &json!({ "path": from }),
-        )
-        .await?;
+) -> Result<Copied, Error> {
+    let top = remote.stat(client, from).await?;
     let bar = progress();
     let mut bytes = 0;
     let mut count = 0;
-    let root = text(&stat["entry"], "path");
-    let mut todo = vec![(root.clone(), is_directory(&stat["entry"]))];
+    let root = top.path.clone();
+    let mut todo = vec![top];
     let target_is_dir = to.is_dir();
-    while let Some((path, directory)) = todo.pop() {
-        if directory {
-            let list = client
-                .unary(
-                    sandbox,
-                    "filesystem.Filesystem/ListDir",
-                    &json!({ "path": path }),
-                )
-                .await?;
-            for entry in list["entries"].as_array().into_iter().flatten() {
-                todo.push((text(entry, "path"), is_directory(entry)));
-            }
+    while let Some(entry) = todo.pop() {
+        let path = entry.path;
+        if entry.is_directory {
+            todo.extend(remote.list(client, &path).await?);
             continue;
         }
         let below = path
@@ -178,7 +202,7 @@ async fn download(
             ("", true) => to.join(path.rsplit('/').next().unwrap_or("file")),
             ("", false) => to.to_owned(),
             (below, _) if below.split('/').any(|part| part == "..") => {
-                return Err(Error::Usage(format!("the sandbox named a file {below:?}")));
+                return Err(Error::Usage(format!("a file there is called {below:?}")));
             }
             (below, _) => to.join(below),
         };
@@ -186,7 +210,7 @@ async fn download(
             std::fs::create_dir_all(parent).map_err(file_error("make", parent))?;
         }
         bar.set_message(target.display().to_string());
-        let mut response = client.read_file(sandbox, &path).await?;
+        let mut response = remote.read(client, &path).await?;
         let mut file = tokio::fs::File::create(&target)
             .await
             .map_err(file_error("write", &target))?;
@@ -204,15 +228,10 @@ async fn download(
         count += 1;
     }
     bar.finish_and_clear();
-    Ok((count, bytes))
-}
-
-fn text(entry: &Value, field: &str) -> String {
-    entry[field].as_str().unwrap_or_default().to_owned()
-}
-
-fn is_directory(entry: &Value) -> bool {
-    entry["type"] == "FILE_TYPE_DIRECTORY"
+    Ok(Copied {
+        files: count,
+        bytes,
+    })
 }
 
 #[cfg(test)]
@@ -226,14 +245,14 @@ mod tests {
         assert_eq!(
             side("i0:x"),
             Side::There {
-                sandbox: "i0".into(),
+                name: "i0".into(),
                 path: "x".into()
             }
         );
         assert_eq!(
             side("i0:"),
             Side::There {
-                sandbox: "i0".into(),
+                name: "i0".into(),
                 path: String::new()
             }
         );

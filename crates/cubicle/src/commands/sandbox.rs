@@ -104,10 +104,9 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
             destination,
             user,
         } => {
-            let (files, bytes) = copy::copy(&client, &source, &destination, user).await?;
-            if global.json {
-                output::print_json(&json!({ "files": files, "bytes": bytes }));
-            }
+            let end = copy::End::Sandbox { user };
+            let copied = copy::copy(&client, end, &source, &destination).await?;
+            copied.print(global.json);
         }
         Sandbox::Logs { id, follow } => logs(&client, &id, follow, global.json).await?,
         Sandbox::Clone { id, count, timeout } => {

@@ -1,4 +1,4 @@
-//! `cubicle volume`: make, list and delete directories that outlive sandboxes.
+//! `cubicle volume`: make, list, fill and delete directories that outlive sandboxes.
 
 use std::process::ExitCode;
 
@@ -6,6 +6,7 @@ use reqwest::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::copy;
 use crate::{
     cli::{Global, Volume},
     client::{Client, segment},
@@ -52,6 +53,13 @@ pub(crate) async fn run(global: &Global, command: Volume) -> Result<ExitCode, Er
             let request = client.request(Method::GET, &path(&volume)?);
             let volume: Info = client.json(request, "get a volume").await?;
             output::print_json(&volume);
+        }
+        Volume::Cp {
+            source,
+            destination,
+        } => {
+            let copied = copy::copy(&client, copy::End::Volume, &source, &destination).await?;
+            copied.print(global.json);
         }
         Volume::Rm { volumes } => return remove(&client, &volumes, global.json).await,
     }
