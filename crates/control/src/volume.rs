@@ -17,7 +17,7 @@ use std::{
 };
 
 use cubicle_ids::SnapshotId;
-pub use cubicle_protocol::share::{Kind, RelativePath, Time};
+pub use cubicle_protocol::share::{Kind, Time};
 pub use cubicle_share::{Attributes, Item, Problem};
 use time::OffsetDateTime;
 

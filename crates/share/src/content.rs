@@ -20,7 +20,7 @@ use rustix::{
 use crate::{
     root::{Place, Root, proc_path, reopen},
     space::Space,
-    status,
+    status::{self, permissions},
 };
 
 /// Most entries that one listing has.
@@ -254,7 +254,6 @@ impl Contents {
 
     fn make_one(&self, path: &RelativePath, attributes: Attributes) -> Result<()> {
         let place = self.root.place(path)?;
-        Space::default().take(&place.parent, 0)?;
         mkdirat(&place.parent, place.name, Mode::RWXU)?;
         let made = place.directory()?;
         self.dress(&made, attributes, DIRECTORY_MODE)
@@ -455,8 +454,4 @@ fn item(
 /// For what is known to be no link.
 fn no_link() -> rustix::io::Result<CString> {
     Err(Errno::INVAL)
-}
-
-fn permissions(mode: u32) -> Mode {
-    Mode::from_raw_mode(mode & status::PERMISSIONS)
 }

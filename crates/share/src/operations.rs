@@ -25,7 +25,7 @@ use crate::{
     root::{Place, proc_path},
     share::{Access, Share},
     space,
-    status::{PERMISSIONS, timespec},
+    status::{permissions, timespec},
 };
 
 /// The only attributes that guests get to see: all others mean something to the host.
@@ -469,10 +469,6 @@ fn filled(
     let len = read(&mut buffer)?;
     buffer.truncate(len);
     Ok(buffer)
-}
-
-fn permissions(mode: u32) -> Mode {
-    Mode::from_raw_mode(mode & PERMISSIONS)
 }
 
 fn written(len: usize) -> u32 {

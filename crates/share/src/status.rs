@@ -2,12 +2,12 @@
 
 use cubicle_protocol::share::{Kind, Moment, Status, Time};
 use rustix::{
-    fs::{FileType, Stat, Timespec, UTIME_NOW, UTIME_OMIT},
+    fs::{FileType, Mode, Stat, Timespec, UTIME_NOW, UTIME_OMIT},
     io::Errno,
 };
 
 /// The part of `rwxrwxrwx` in a mode. What makes a program run as somebody else is not in it.
-pub(crate) const PERMISSIONS: u32 = 0o777;
+const PERMISSIONS: u32 = 0o777;
 
 /// What the guest is told of a file. `root_device` is the device of the share's root.
 pub(crate) fn status(stat: &Stat, root_device: u64) -> Status {
@@ -22,6 +22,11 @@ pub(crate) fn status(stat: &Stat, root_device: u64) -> Status {
         modified: time(stat.st_mtime, stat.st_mtime_nsec),
         changed: time(stat.st_ctime, stat.st_ctime_nsec),
     }
+}
+
+/// A mode with nothing but permissions in it.
+pub(crate) fn permissions(mode: u32) -> Mode {
+    Mode::from_raw_mode(mode & PERMISSIONS)
 }
 
 pub(crate) fn kind(stat: &Stat) -> Kind {

@@ -4,14 +4,15 @@
 use axum::{
     Json,
     body::Body,
-    extract::State,
+    extract::FromRequestParts,
     response::{IntoResponse as _, Response},
 };
 use cubicle_control::volume::{Attributes, Content, Item, Kind, Time};
 use futures::TryStreamExt as _;
 use http::{
-    HeaderMap, StatusCode,
+    StatusCode,
     header::{CONTENT_LENGTH, CONTENT_TYPE},
+    request::Parts,
 };
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -168,17 +169,43 @@ impl ChangeBody {
     }
 }
 
-async fn content(state: &AppState, volume: &str, headers: &HeaderMap) -> ApiResult<Content> {
-    let token = auth::bearer(headers).ok_or_else(|| {
-        let message = "the token of the volume is required, as Authorization: Bearer";
-        ApiError::new(StatusCode::UNAUTHORIZED, message)
-    })?;
-    Ok(state.control.volumes.content(volume, token).await?)
+/// What every request names: a volume, whose token it has, and a path in it.
+pub(crate) struct Asked {
+    content: Content,
+    path: String,
+    query: Query,
 }
 
-fn path(query: &Query) -> ApiResult<&str> {
-    let missing = || ApiError::field("path", "is required, as a part of the query");
-    query.text("path")?.ok_or_else(missing)
+impl FromRequestParts<AppState> for Asked {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> ApiResult<Self> {
+        let Segment(volume) = Segment::from_request_parts(parts, state).await?;
+        let token = auth::bearer(&parts.headers).ok_or_else(|| {
+            let message = "the token of the volume is required, as Authorization: Bearer";
+            ApiError::new(StatusCode::UNAUTHORIZED, message)
+        })?;
+        let content = state.control.volumes.content(&volume, token).await?;
+        let query = Query::from_request_parts(parts, state).await?;
+        let missing = || ApiError::field("path", "is required, as a part of the query");
+        let path = query.text("path")?.ok_or_else(missing)?.to_owned();
+        Ok(Self {
+            content,
+            path,
+            query,
+        })
+    }
+}
+
+impl Asked {
+    /// Owner and mode of what is to be made.
+    fn attributes(&self) -> ApiResult<Attributes> {
+        ChangeBody::of_query(&self.query)?.attributes()
+    }
+
+    fn force(&self) -> ApiResult<bool> {
+        Ok(self.query.flag("force")?.unwrap_or(false))
+    }
 }
 
 /// What is at a path of a volume
@@ -192,14 +219,8 @@ fn path(query: &Query) -> ApiResult<&str> {
         (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
     ),
 )]
-pub(crate) async fn read(
-    State(state): State<AppState>,
-    Segment(volume): Segment,
-    query: Query,
-    headers: HeaderMap,
-) -> ApiResult<Json<EntryBody>> {
-    let content = content(&state, &volume, &headers).await?;
-    Ok(Json(content.item(path(&query)?).await?.into()))
+pub(crate) async fn read(asked: Asked) -> ApiResult<Json<EntryBody>> {
+    Ok(Json(asked.content.item(&asked.path).await?.into()))
 }
 
 /// Change owner and mode of something in a volume
@@ -214,16 +235,9 @@ pub(crate) async fn read(
         (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
     ),
 )]
-pub(crate) async fn change(
-    State(state): State<AppState>,
-    Segment(volume): Segment,
-    query: Query,
-    headers: HeaderMap,
-    body: JsonBody<ChangeBody>,
-) -> ApiResult<Json<EntryBody>> {
-    let content = content(&state, &volume, &headers).await?;
+pub(crate) async fn change(asked: Asked, body: JsonBody<ChangeBody>) -> ApiResult<Json<EntryBody>> {
     let attributes = body.0.attributes()?;
-    let changed = content.change(path(&query)?, attributes).await?;
+    let changed = asked.content.change(&asked.path, attributes).await?;
     Ok(Json(changed.into()))
 }
 
@@ -240,14 +254,8 @@ pub(crate) async fn change(
         (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
     ),
 )]
-pub(crate) async fn remove(
-    State(state): State<AppState>,
-    Segment(volume): Segment,
-    query: Query,
-    headers: HeaderMap,
-) -> ApiResult<StatusCode> {
-    let content = content(&state, &volume, &headers).await?;
-    content.remove(path(&query)?).await?;
+pub(crate) async fn remove(asked: Asked) -> ApiResult<StatusCode> {
+    asked.content.remove(&asked.path).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -264,16 +272,10 @@ pub(crate) async fn remove(
         (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
     ),
 )]
-pub(crate) async fn list(
-    State(state): State<AppState>,
-    Segment(volume): Segment,
-    query: Query,
-    headers: HeaderMap,
-) -> ApiResult<Json<Vec<EntryBody>>> {
-    let content = content(&state, &volume, &headers).await?;
-    let depth = query.number("depth", 1..=u64::from(u32::MAX))?;
+pub(crate) async fn list(asked: Asked) -> ApiResult<Json<Vec<EntryBody>>> {
+    let depth = asked.query.number("depth", 1..=u64::from(u32::MAX))?;
     let depth = depth.and_then(|depth| u32::try_from(depth).ok());
-    let items = content.list(path(&query)?, depth.unwrap_or(1)).await?;
+    let items = asked.content.list(&asked.path, depth.unwrap_or(1)).await?;
     Ok(Json(items.into_iter().map(Into::into).collect()))
 }
 
@@ -294,16 +296,9 @@ pub(crate) async fn list(
         (status = 409, body = ErrorBody, description = "It is there already"),
     ),
 )]
-pub(crate) async fn make_directory(
-    State(state): State<AppState>,
-    Segment(volume): Segment,
-    query: Query,
-    headers: HeaderMap,
-) -> ApiResult<(StatusCode, Json<EntryBody>)> {
-    let content = content(&state, &volume, &headers).await?;
-    let attributes = ChangeBody::of_query(&query)?.attributes()?;
-    let force = query.flag("force")?.unwrap_or(false);
-    let made = content.make_directory(path(&query)?, attributes, force);
+pub(crate) async fn make_directory(asked: Asked) -> ApiResult<(StatusCode, Json<EntryBody>)> {
+    let (attributes, force) = (asked.attributes()?, asked.force()?);
+    let made = asked.content.make_directory(&asked.path, attributes, force);
     Ok((StatusCode::CREATED, Json(made.await?.into())))
 }
 
@@ -319,14 +314,8 @@ pub(crate) async fn make_directory(
         (status = 404, body = ErrorBody),
     ),
 )]
-pub(crate) async fn download(
-    State(state): State<AppState>,
-    Segment(volume): Segment,
-    query: Query,
-    headers: HeaderMap,
-) -> ApiResult<Response> {
-    let content = content(&state, &volume, &headers).await?;
-    let (file, len) = content.read(path(&query)?).await?;
+pub(crate) async fn download(asked: Asked) -> ApiResult<Response> {
+    let (file, len) = asked.content.read(&asked.path).await?;
     // Somebody may write to it meanwhile.
     let file = tokio::fs::File::from_std(file).take(len);
     let body = Body::from_stream(ReaderStream::with_capacity(file, PIECE));
@@ -358,17 +347,9 @@ pub(crate) async fn download(
         (status = 507, body = ErrorBody, description = "The disk is full"),
     ),
 )]
-pub(crate) async fn upload(
-    State(state): State<AppState>,
-    Segment(volume): Segment,
-    query: Query,
-    headers: HeaderMap,
-    body: Body,
-) -> ApiResult<(StatusCode, Json<EntryBody>)> {
-    let content = content(&state, &volume, &headers).await?;
-    let attributes = ChangeBody::of_query(&query)?.attributes()?;
-    let force = query.flag("force")?.unwrap_or(false);
+pub(crate) async fn upload(asked: Asked, body: Body) -> ApiResult<(StatusCode, Json<EntryBody>)> {
+    let (attributes, force) = (asked.attributes()?, asked.force()?);
     let body = body.into_data_stream().map_err(std::io::Error::other);
-    let written = content.write(path(&query)?, attributes, force, body);
+    let written = asked.content.write(&asked.path, attributes, force, body);
     Ok((StatusCode::CREATED, Json(written.await?.into())))
 }

@@ -47,11 +47,11 @@ impl Remote {
                 let asked = json!({ "path": path });
                 let method = "filesystem.Filesystem/Stat";
                 let found = client.unary(sandbox, method, &asked).await?;
-                Ok(of_sandbox(&found["entry"]))
+                Ok(entry(&found["entry"]))
             }
             Self::Volume(volume) => {
                 let request = volume.request(client, Method::GET, "path", path);
-                Ok(of_volume(&client.json(request, path).await?))
+                Ok(entry(&client.json(request, path).await?))
             }
         }
     }
@@ -68,12 +68,12 @@ impl Remote {
                 let method = "filesystem.Filesystem/ListDir";
                 let found = client.unary(sandbox, method, &asked).await?;
                 let entries = found["entries"].as_array().into_iter().flatten();
-                Ok(entries.map(of_sandbox).collect())
+                Ok(entries.map(entry).collect())
             }
             Self::Volume(volume) => {
                 let request = volume.request(client, Method::GET, "dir", path);
                 let found: Vec<Value> = client.json(request, path).await?;
-                Ok(found.iter().map(of_volume).collect())
+                Ok(found.iter().map(entry).collect())
             }
         }
     }
@@ -89,24 +89,34 @@ impl Remote {
         }
     }
 
-    /// Writes a file, in place of one that is there; missing directories are made.
+    /// Makes sure that the directory is there which a file is about to be written to.
+    pub(crate) async fn make_room(&self, client: &Client, directory: &str) -> Result<(), Error> {
+        match self {
+            // Its daemon makes what is missing when it writes.
+            Self::Sandbox(_) => Ok(()),
+            Self::Volume(volume) => {
+                let request = volume.request(client, Method::POST, "dir", directory);
+                let request = request.query(&[("force", "true")]);
+                client.send(request).await.map(drop)
+            }
+        }
+    }
+
+    /// Writes a file, in place of one that is there.
     pub(crate) async fn write(
         &self,
         client: &Client,
         path: &str,
         content: Body,
     ) -> Result<(), Error> {
-        let volume = match self {
-            Self::Sandbox(sandbox) => return client.write_file(sandbox, path, content).await,
-            Self::Volume(volume) => volume,
-        };
-        if let Some((above, _)) = path.rsplit_once('/').filter(|(above, _)| !above.is_empty()) {
-            let request = volume.request(client, Method::POST, "dir", above);
-            client.send(request.query(&[("force", "true")])).await?;
+        match self {
+            Self::Sandbox(sandbox) => client.write_file(sandbox, path, content).await,
+            Self::Volume(volume) => {
+                let request = volume.request(client, Method::PUT, "file", path);
+                let request = request.query(&[("force", "true")]).body(content);
+                client.send(request).await.map(drop)
+            }
         }
-        let request = volume.request(client, Method::PUT, "file", path);
-        let request = request.query(&[("force", "true")]).body(content);
-        client.send(request).await.map(drop)
     }
 }
 
@@ -127,20 +137,11 @@ impl VolumeRef {
     }
 }
 
-fn of_sandbox(entry: &Value) -> RemoteEntry {
+/// As either of them tells it.
+fn entry(found: &Value) -> RemoteEntry {
+    let kind = found["type"].as_str();
     RemoteEntry {
-        path: text(entry),
-        is_directory: entry["type"] == "FILE_TYPE_DIRECTORY",
+        path: found["path"].as_str().unwrap_or_default().to_owned(),
+        is_directory: matches!(kind, Some("FILE_TYPE_DIRECTORY" | "directory")),
     }
-}
-
-fn of_volume(entry: &Value) -> RemoteEntry {
-    RemoteEntry {
-        path: text(entry),
-        is_directory: entry["type"] == "directory",
-    }
-}
-
-fn text(entry: &Value) -> String {
-    entry["path"].as_str().unwrap_or_default().to_owned()
 }

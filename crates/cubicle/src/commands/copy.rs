@@ -144,6 +144,7 @@ async fn upload(client: &Client, remote: &Remote, from: &Path, to: &str) -> Resu
     let own_name = from
         .file_name()
         .map(|name| name.to_string_lossy().into_owned());
+    let mut room = None;
     for (path, below) in &files {
         let target = if below.is_empty() {
             // Into a directory, under its own name: as cp does.
@@ -155,6 +156,13 @@ async fn upload(client: &Client, remote: &Remote, from: &Path, to: &str) -> Resu
         } else {
             format!("{}/{below}", to.trim_end_matches('/'))
         };
+        let directory = target.rsplit_once('/').map(|(directory, _)| directory);
+        if let Some(directory) = directory.filter(|directory| !directory.is_empty())
+            && room.as_deref() != Some(directory)
+        {
+            remote.make_room(client, directory).await?;
+            room = Some(directory.to_owned());
+        }
         bar.set_message(target.clone());
         let file = tokio::fs::File::open(path)
             .await
