@@ -149,6 +149,19 @@ install_packages() {
     apt_get install -y --no-install-recommends "${missing[@]}"
 }
 
+# Also of rustup, which has the programs before it has a compiler.
+has_rust() { cargo --version && rustc --version; } &>/dev/null
+
+# Rust, if this release has a package that brings it. The compiler of older releases is too old.
+install_rust() {
+    check_system
+    update_lists
+    [[ -n $(apt-cache madison rustup) ]] || return 0
+    install_packages rustup:rustup
+    say "installing Rust, for $(id -un)"
+    rustup default stable
+}
+
 check_rust() {
     local needed found
     needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -156,7 +169,8 @@ check_rust() {
         "Debian 13, Ubuntu 24.04 and newer:  apt-get install rustup && rustup default stable"
         "everywhere:                         see https://rustup.rs"
     )
-    type -P cargo >/dev/null || die "Rust is missing: Cubicle is built with Rust $needed or newer" "${how[@]}"
+    has_rust || install_rust
+    has_rust || die "Rust is missing: Cubicle is built with Rust $needed or newer" "${how[@]}"
     found=$(rustc --version | cut -d' ' -f2)
     at_least "$found" "$needed" ||
         die "Rust $found is too old: Cubicle is built with Rust $needed or newer" \

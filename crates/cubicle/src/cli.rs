@@ -1,6 +1,7 @@
 //! The command line: what can be said, and how it is explained.
 
 mod bench;
+mod sandbox;
 mod snapshot;
 mod store;
 mod template;
@@ -13,7 +14,8 @@ use clap_complete::Shell;
 
 pub(crate) use self::{
     bench::{Bench, BenchCreate, BenchMatrix},
-    snapshot::Snapshot,
+    sandbox::{Egress, Sandbox},
+    snapshot::{Snapshot, SnapshotLimits},
     store::{Install, Store},
     template::{Probe, Template, TemplateBuild},
     volume::{Volume, VolumeMount},
@@ -21,6 +23,9 @@ pub(crate) use self::{
 
 /// Where Cubicle keeps its state unless it is told otherwise.
 pub(crate) const DEFAULT_DATA_DIR: &str = "/var/lib/cubicle";
+
+/// Under what the options of every command are listed, after a command's own.
+const GLOBAL: &str = "Global options";
 
 /// Sandboxes for AI agents: every agent gets a microVM of its own, in milliseconds.
 #[derive(Debug, Parser)]
@@ -37,16 +42,18 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// Options that every command understands.
+/// Options that every command understands. They come last in every help.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// Print machine-readable JSON instead of text
-    #[arg(long, global = true)]
+    #[arg(long, global = true,
+        help_heading = GLOBAL)]
     pub(crate) json: bool,
     /// Where Cubicle keeps its state on this machine
     #[arg(
         long,
         global = true,
+        help_heading = GLOBAL,
         env = "CUBICLE_DATA_DIR",
         hide_env_values = true,
         value_name = "DIR",
@@ -57,6 +64,7 @@ pub(crate) struct Global {
     #[arg(
         long,
         global = true,
+        help_heading = GLOBAL,
         env = "CUBICLE_URL",
         value_name = "URL",
         hide_env_values = true
@@ -66,6 +74,7 @@ pub(crate) struct Global {
     #[arg(
         long,
         global = true,
+        help_heading = GLOBAL,
         env = "CUBICLE_API_KEY",
         value_name = "KEY",
         hide_env_values = true
@@ -150,6 +159,8 @@ pub(crate) struct Up {
     #[arg(long, value_name = "GIB", default_value_t = 64)]
     pub(crate) store_gib: u64,
     #[command(flatten)]
+    pub(crate) snapshots: SnapshotLimits,
+    #[command(flatten)]
     pub(crate) images: crate::server::ImageOptions,
     /// Catalogue of the template store: a file or an address [default: the one that is shipped]
     #[arg(
@@ -212,158 +223,6 @@ pub(crate) enum EnvFormat {
     Dotenv,
 }
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum Sandbox {
-    /// Create a sandbox and print its id
-    Create {
-        /// Template (id, alias) or snapshot to create it from
-        #[arg(default_value = "base")]
-        template: String,
-        /// Seconds until it is killed
-        #[arg(long, short, value_name = "SECONDS", default_value_t = 300)]
-        timeout: u32,
-        /// Environment variable of all its commands, may be repeated
-        #[arg(long, short, value_name = "NAME=VALUE", value_parser = parse_pair)]
-        env: Vec<(String, String)>,
-        /// Label to find it by, may be repeated
-        #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_pair)]
-        metadata: Vec<(String, String)>,
-        /// Volume to mount, may be repeated; `:ro` behind it for one that it cannot change
-        #[arg(long = "volume", value_name = "NAME:PATH[:ro]", value_parser = volume::mount)]
-        volumes: Vec<VolumeMount>,
-        /// Cut it off from every network
-        #[arg(long)]
-        no_internet: bool,
-        /// Pause it when its time is up, instead of killing it
-        #[arg(long)]
-        auto_pause: bool,
-        /// Wake it up when a request comes for it while it is paused
-        #[arg(long, requires = "auto_pause")]
-        auto_resume: bool,
-    },
-    /// List sandboxes
-    #[command(visible_alias = "list")]
-    Ls {
-        /// Only those that carry this label, may be repeated
-        #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_pair)]
-        metadata: Vec<(String, String)>,
-    },
-    /// Show one sandbox
-    Info {
-        /// Its id
-        id: String,
-    },
-    /// Run a command in a sandbox; its exit code becomes ours
-    Exec {
-        /// The sandbox
-        id: String,
-        /// User to run it as
-        #[arg(long, short)]
-        user: Option<String>,
-        /// Directory to run it in
-        #[arg(long, short = 'w', value_name = "DIR")]
-        cwd: Option<String>,
-        /// Environment variable, may be repeated
-        #[arg(long, short, value_name = "NAME=VALUE", value_parser = parse_pair)]
-        env: Vec<(String, String)>,
-        /// Pass our standard input on
-        #[arg(long, short)]
-        interactive: bool,
-        /// The command and its arguments; a single word is run by bash
-        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-        command: Vec<String>,
-    },
-    /// Open a terminal in a sandbox
-    Shell {
-        /// The sandbox
-        id: String,
-        /// User to be
-        #[arg(long, short)]
-        user: Option<String>,
-    },
-    /// Copy files or directories into a sandbox or out of it
-    ///
-    /// One side is `<sandbox>:<path>`; a relative path there starts at the user's home.
-    Cp {
-        /// From where
-        source: String,
-        /// To where
-        destination: String,
-        /// User whose files they are in the sandbox
-        #[arg(long, short)]
-        user: Option<String>,
-    },
-    /// Print what happened in a sandbox
-    Logs {
-        /// The sandbox
-        id: String,
-        /// Go on printing until the sandbox is gone
-        #[arg(long, short)]
-        follow: bool,
-    },
-    /// Make running copies of a sandbox: its memory, its processes and its disk
-    ///
-    /// The sandbox runs on. The copies have ids and tokens of their own.
-    #[command(visible_alias = "fork")]
-    Clone {
-        /// The sandbox
-        id: String,
-        /// How many copies to make
-        #[arg(short = 'n', long, value_name = "N", default_value_t = 1,
-              value_parser = clap::value_parser!(u32).range(1..=100))]
-        count: u32,
-        /// Seconds until the copies are killed
-        #[arg(long, short, value_name = "SECONDS", default_value_t = 300)]
-        timeout: u32,
-    },
-    /// Put a sandbox back to what it was when a snapshot was taken
-    ///
-    /// Its id and its address stay. If anything goes wrong, it runs on as if nothing had been asked.
-    Rollback {
-        /// The sandbox
-        id: String,
-        /// A snapshot of it, or of what it was made from [default: the latest one of it]
-        snapshot: Option<String>,
-    },
-    /// Freeze sandboxes and free what they take of the machine
-    Pause {
-        /// Their ids
-        #[arg(required = true)]
-        ids: Vec<String>,
-        /// Keep the disk only: waking it up boots it
-        #[arg(long)]
-        no_memory: bool,
-        /// Refuse to pause one whose daemon does not answer
-        #[arg(long)]
-        require_healthy: bool,
-    },
-    /// Wake paused sandboxes up, and give them time
-    ///
-    /// Does nothing to one that runs but to give it at least that much time.
-    #[command(visible_alias = "connect")]
-    Resume {
-        /// Their ids
-        #[arg(required = true)]
-        ids: Vec<String>,
-        /// Seconds that it lives from now on, at least
-        #[arg(long, short, value_name = "SECONDS", default_value_t = 300)]
-        timeout: u32,
-        /// Boot from the disk and forget the memory
-        #[arg(long)]
-        no_memory: bool,
-    },
-    /// Kill sandboxes
-    #[command(visible_alias = "rm")]
-    Kill {
-        /// Their ids
-        #[arg(required_unless_present = "all")]
-        ids: Vec<String>,
-        /// Kill all of them
-        #[arg(long, conflicts_with = "ids")]
-        all: bool,
-    },
-}
-
 fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -416,6 +275,8 @@ mod tests {
             &["snapshot", "tree"],
             &["snapshot", "verify"],
             &["sandbox"],
+            &["sandbox", "create"],
+            &["sandbox", "network"],
             &["sandbox", "clone"],
             &["sandbox", "rollback"],
             &["sandbox", "pause"],
@@ -443,6 +304,8 @@ mod tests {
             "cubicle sandbox clone i1 -n 101",
             "cubicle sandbox clone",
             "cubicle sandbox create --auto-resume",
+            "cubicle sandbox network",
+            "cubicle sandbox network i1 --reset --no-internet",
             "cubicle sandbox pause",
             "cubicle snapshot create",
             "cubicle snapshot rm",
@@ -456,6 +319,8 @@ mod tests {
             "cubicle template build a --ready tcp:x",
             "cubicle template tag a",
             "cubicle up --kernel-modules a",
+            "cubicle up --snapshot-space 0",
+            "cubicle up --snapshot-ttl 0",
         ];
         let said: Vec<String> = lines
             .iter()

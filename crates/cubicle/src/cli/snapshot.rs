@@ -1,6 +1,33 @@
 //! What `cubicle snapshot` understands.
 
-use clap::Subcommand;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use cubicle_control::snapshot::SnapshotConfig;
+
+/// How many snapshots `cubicle up` keeps, and for how long.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct SnapshotLimits {
+    /// Most snapshots that may exist at the same time
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    max_snapshots: u64,
+    /// Most of the store that all snapshots together may take, in GiB [default: what fits]
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
+    snapshot_space: Option<u64>,
+    /// Seconds after which a snapshot deletes itself that was not given a lifetime [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    snapshot_ttl: Option<u32>,
+}
+
+impl SnapshotLimits {
+    pub(crate) fn config(&self) -> SnapshotConfig {
+        SnapshotConfig {
+            max_count: Some(self.max_snapshots),
+            max_own_bytes: self.snapshot_space.map(|gib| gib << 30),
+            default_ttl: self.snapshot_ttl.map(|s| Duration::from_secs(s.into())),
+        }
+    }
+}
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Snapshot {

@@ -6,6 +6,7 @@ pub(crate) mod doctor;
 pub(crate) mod env;
 pub(crate) mod exec;
 mod lives;
+mod network;
 pub(crate) mod sandbox;
 pub(crate) mod snapshot;
 mod store;

@@ -6,7 +6,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::{copy, exec, lives};
+use super::{copy, exec, lives, network};
 use crate::{
     cli::{Global, Sandbox, VolumeMount},
     client::{Client, SandboxInfo, envd::Command, segment},
@@ -23,7 +23,7 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
             env,
             metadata,
             volumes,
-            no_internet,
+            egress,
             auto_pause,
             auto_resume,
         } => {
@@ -32,8 +32,8 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
                 "timeout": timeout,
                 "envVars": map(env),
                 "metadata": map(metadata),
-                "allow_internet_access": !no_internet,
             });
+            network::add_to_create(&mut body, &egress);
             if !volumes.is_empty() {
                 let mount = |mount: VolumeMount| {
                     json!({
@@ -125,6 +125,9 @@ pub(crate) async fn run(global: &Global, command: Sandbox) -> Result<ExitCode, E
             timeout,
             no_memory,
         } => return lives::resume(&client, &ids, timeout, !no_memory, global.json).await,
+        Sandbox::Network { id, egress, reset } => {
+            network::run(&client, &id, &egress, reset, global.json).await?;
+        }
         Sandbox::Kill { ids, all } => return kill(&client, ids, all, global.json).await,
     }
     Ok(ExitCode::SUCCESS)

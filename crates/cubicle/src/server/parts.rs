@@ -181,6 +181,7 @@ async fn open_control(
     };
     let mut config = ControlConfig::new(dirs.data.join("cubicle.db"));
     config.store = catalogue;
+    config.snapshots = options.snapshots.config();
     config
         .volumes
         .host_allow
