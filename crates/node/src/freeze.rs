@@ -8,7 +8,7 @@ use std::{
     fmt,
     fs::Permissions,
     os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,10 +19,8 @@ use cubicle_cow::{
 };
 use cubicle_ids::SandboxId;
 use cubicle_vmm::{Disk, Vm};
-use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::timeout,
-};
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     error::{Error, Result},
@@ -40,27 +38,36 @@ pub(crate) enum After {
     Stop,
 }
 
-/// How long a freeze waits for others to end before it begins all the same: one VM that cannot be
-/// stopped must not hold up all.
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// How long a turn lasts at most: one VM that cannot be stopped must not hold up all.
+const LONGEST_TURN: Duration = Duration::from_secs(1);
 
 /// Freezes take turns. Copying memory is work for two processors: of more freezes at once than there
 /// are processors for, none is done sooner, and every guest stands still for as long as all of them
 /// together.
 #[derive(Debug)]
-pub(crate) struct Turns(Semaphore);
+pub(crate) struct Turns(Arc<Semaphore>);
+
+/// Over when it is dropped, or after [`LONGEST_TURN`].
+struct Turn {
+    _lasts: AbortOnDropHandle<()>,
+}
 
 impl Turns {
     pub(crate) fn for_host() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self(Semaphore::new((cpus / 2).max(1)))
+        Self(Arc::new(Semaphore::new((cpus / 2).max(1))))
     }
 
-    /// Waits for a turn; it is over when what is returned is dropped. `None`: it took too long, and
-    /// the caller goes ahead.
-    async fn take(&self) -> Option<SemaphorePermit<'_>> {
-        // It is never closed.
-        timeout(LONGEST_WAIT, self.0.acquire()).await.ok()?.ok()
+    /// Waits for a turn, in the order in which they were asked for.
+    async fn take(&self) -> Turn {
+        let permit = self.0.clone().acquire_owned().await;
+        let lasts = tokio::spawn(async move {
+            tokio::time::sleep(LONGEST_TURN).await;
+            drop(permit);
+        });
+        Turn {
+            _lasts: AbortOnDropHandle::new(lasts),
+        }
     }
 }
 
@@ -142,12 +149,15 @@ pub(crate) async fn freeze(
         Some(memory) => Some((memory.clone(), source(id, &vm.memory()?)?)),
         None => None,
     };
+    // The disk may be slow with that, and nobody else's turn need wait for it.
+    let writable = blocking(move || write_back(&writable).map(|()| writable)).await?;
     let turn = node.turns.take().await;
     let store = node.store.clone();
     let draft = Arc::new(draft);
     let noted = draft.clone();
     let capture = blocking(move || {
-        writable.iter().try_for_each(|path| write_back(path))?;
+        // What was written while it waited.
+        write_back(&writable)?;
         let Some((memory, source)) = capture else {
             return Ok(None);
         };
@@ -330,21 +340,21 @@ pub(crate) async fn publish(
     })
 }
 
-/// Starts and awaits the write-back of a file's dirty pages, and no more: not its metadata, and no
+/// Starts and awaits the write-back of the files' dirty pages, and no more: not their metadata, and no
 /// flush of the disk. Cloning a file does the same first, but then the VM stands still.
-fn write_back(path: &Path) -> Result<()> {
-    let failed = || Error::io("write back", path);
-    let file = std::fs::File::open(path).map_err(failed())?;
+fn write_back(paths: &[PathBuf]) -> Result<()> {
     let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
         | libc::SYNC_FILE_RANGE_WRITE
         | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-    // SAFETY: the call reads its arguments only, and the descriptor is open.
-    let done = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(failed()(std::io::Error::last_os_error()))
+    for path in paths {
+        let failed = || Error::io("write back", path);
+        let file = std::fs::File::open(path).map_err(failed())?;
+        // SAFETY: the call reads its arguments only, and the descriptor is open.
+        if unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) } != 0 {
+            return Err(failed()(std::io::Error::last_os_error()));
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -352,18 +362,18 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn freezes_take_turns_and_wait_for_nobody_for_ever() {
-        let turns = Turns(Semaphore::new(1));
-        let first = turns.take().await.unwrap();
+    async fn freezes_take_turns_and_no_turn_lasts_for_ever() {
+        let turns = Turns(Arc::new(Semaphore::new(1)));
         let begun = tokio::time::Instant::now();
-        let (second, ()) = tokio::join!(turns.take(), async {
-            tokio::time::sleep(LONGEST_WAIT / 2).await;
+        let first = turns.take().await;
+        let (_second, ()) = tokio::join!(turns.take(), async {
+            tokio::time::sleep(LONGEST_TURN / 2).await;
             drop(first);
         });
-        assert!(second.is_some());
-        assert_eq!(begun.elapsed(), LONGEST_WAIT / 2);
-        assert!(turns.take().await.is_none());
-        assert_eq!(begun.elapsed(), LONGEST_WAIT / 2 + LONGEST_WAIT);
+        assert_eq!(begun.elapsed(), LONGEST_TURN / 2);
+        // The second is never given back.
+        let _third = turns.take().await;
+        assert_eq!(begun.elapsed(), LONGEST_TURN / 2 + LONGEST_TURN);
     }
 
     #[test]
@@ -371,12 +381,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         assert!(
-            write_back(&path)
+            write_back(std::slice::from_ref(&path))
                 .unwrap_err()
                 .to_string()
                 .contains("write back")
         );
         std::fs::write(&path, vec![1; 100_000]).unwrap();
-        write_back(&path).unwrap();
+        write_back(&[path]).unwrap();
     }
 }

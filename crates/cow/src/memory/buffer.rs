@@ -197,20 +197,24 @@ impl Buffer {
         let Some(map) = self.map.as_mut().filter(|map| map.resident < len) else {
             return Ok(());
         };
-        // Whole huge pages.
+        // Whole huge pages, one at a time: the kernel holds a lock of the process while it clears what
+        // one call asks for, and a freeze that starts a thread meanwhile would wait for it.
         let end = len.next_multiple_of(STEP).min(map.len);
-        let rest = map.start.as_ptr().wrapping_byte_add(map.resident);
-        // SAFETY: the range lies in the mapping; populating it changes no content.
-        let done = unsafe { madvise(rest, end - map.resident, Advice::LinuxPopulateWrite) };
-        match done {
-            // A kernel before 5.14. One write to each page does the same, with more faults.
-            Err(Errno::INVAL) => {
-                let first = map.resident;
-                for page in self.prepare(len)?[first..].chunks_mut(4096) {
-                    page[0] = 0;
+        for at in (map.resident..end).step_by(STEP) {
+            let page = map.start.as_ptr().wrapping_byte_add(at);
+            // SAFETY: the range lies in the mapping; populating it changes no content.
+            let done = unsafe { madvise(page, STEP.min(end - at), Advice::LinuxPopulateWrite) };
+            match done {
+                // A kernel before 5.14. One write to each page does the same, with more faults.
+                Err(Errno::INVAL) => {
+                    let first = map.resident;
+                    for page in self.prepare(len)?[first..].chunks_mut(4096) {
+                        page[0] = 0;
+                    }
+                    break;
                 }
+                outcome => outcome?,
             }
-            outcome => outcome?,
         }
         if let Some(map) = &mut self.map {
             map.resident = end;
