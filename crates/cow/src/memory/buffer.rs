@@ -57,7 +57,7 @@ unsafe impl Sync for Pool {}
 /// A pool keeps at most this part of the machine's memory, within the limits below.
 const SHARE: u64 = 32;
 const LEAST: usize = 64 << 20;
-const MOST: usize = 512 << 20;
+const MOST: usize = 1 << 30;
 /// How many mappings a pool keeps: there are no more freezes at a time that would be fast.
 const COUNT: usize = 4;
 /// What nobody has used for this long is given back, down to [`LEAST`].
