@@ -235,6 +235,12 @@ def node_modules(*packages: str) -> Path:
     return where
 
 
+def node(script: str, *packages: str) -> list[str | Path]:
+    """The command that runs a client's script with exactly these packages."""
+    project = node_modules(*packages)
+    return ["node", shutil.copy(CLIENTS / script, project)]
+
+
 def bare_env(variables: dict[str, str]) -> dict[str, str]:
     """An environment with a PATH, a HOME and these variables."""
     return {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/root"), **variables}

@@ -1,11 +1,10 @@
 """Unmodified clients from their registries, configured by `cubicle env` alone."""
 
 import json
-import shutil
 import subprocess
 
 import pytest
-from conftest import CLIENTS, Server, bare_env, free_port, node_modules, venv
+from conftest import CLIENTS, Server, bare_env, free_port, node, venv
 
 
 @pytest.mark.parametrize("version", ["2.63.0", "2.45.1"])
@@ -20,12 +19,10 @@ def test_e2b_python(server, version):
 
 @pytest.mark.parametrize("version", ["2.51.0", "2.45.0"])
 def test_e2b_javascript(server, version):
-    project = node_modules(f"e2b@{version}")
-    script = project / "quickstart.mjs"
-    shutil.copy(CLIENTS / "e2b_quickstart.mjs", script)
     result = subprocess.run(
-        ["node", script], env=bare_env(server.env), capture_output=True, text=True, timeout=60
-    )
+        node("e2b_quickstart.mjs", f"e2b@{version}"),
+        env=bare_env(server.env), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert result.stdout == "4\n", result.stderr
 
 

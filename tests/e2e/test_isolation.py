@@ -65,6 +65,8 @@ def outside(tmp_path):
     def ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
 
+    # An earlier run may have been interrupted.
+    subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL)
     ip("netns", "add", name)
     server = None
     try:
@@ -115,6 +117,18 @@ def test_what_it_may_reach_changes_while_it_runs(server, sandbox, outside):
         assert not reaches(), "it is what it was when it fell asleep"
         change()
         assert reaches()
+
+    def network(*arguments: str) -> list[str]:
+        shown = server.cli("sandbox", "network", sandbox["sandboxID"], *arguments).stdout
+        return [line.split(maxsplit=1)[1] for line in shown.splitlines()]
+
+    assert network() == ["yes", "-", "-"]
+    assert network("--no-internet", "--allow-out", outside) == ["no", f"{outside}/32", "-"]
+    assert reaches()
+    assert network("--deny-out", outside) == ["yes", "-", f"{outside}/32"]
+    assert not reaches()
+    assert network("--reset") == network() == ["yes", "-", "-"]
+    assert reaches()
 
 
 def test_two_sandboxes_are_strangers(server, sandbox):

@@ -2,13 +2,12 @@
 
 import concurrent.futures
 import json
-import shutil
 import signal
 import subprocess
 import time
 
 import pytest
-from conftest import CLIENTS, Server, bare_env, free_port, node_modules, venv
+from conftest import CLIENTS, Server, bare_env, free_port, node, venv
 
 # Builds boot VMs and run steps in them under software emulation.
 pytestmark = pytest.mark.timeout(900)
@@ -95,10 +94,8 @@ def test_e2b_python(server, name, context, version):
 
 @pytest.mark.parametrize("version", ["2.51.0"])
 def test_e2b_javascript(server, name, context, version):
-    project = node_modules(f"e2b@{version}")
-    script = project / "template.mjs"
-    shutil.copy(CLIENTS / "e2b_template.mjs", script)
-    result = run("node", script, name, context, env=server.env)
+    script = node("e2b_template.mjs", f"e2b@{version}")
+    result = run(*script, name, context, env=server.env)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     first, second = report["first"], report["second"]

@@ -8,7 +8,7 @@ import time
 import uuid
 
 import pytest
-from conftest import CLIENTS, SHARED, bare_env, venv
+from conftest import CLIENTS, SHARED, bare_env, node, venv
 
 MARK = "/home/user/mark"
 
@@ -258,12 +258,16 @@ def test_nothing_is_left(server, volume, host):
     assert [path.name for path in host.iterdir()] == ["kept"]
 
 
-def test_a_volume_is_filled_and_read_without_a_sandbox(server):
-    """E2B's own client does it; a sandbox sees what it did, and the other way round."""
+@pytest.mark.parametrize("language", ["python", "javascript"])
+def test_a_volume_is_filled_and_read_without_a_sandbox(server, language):
+    """E2B's own clients do it; a sandbox sees what they did, and the other way round."""
+    if language == "python":
+        command = [venv("e2b==2.63.0"), CLIENTS / "e2b_volumes.py"]
+    else:
+        command = node("e2b_volumes.mjs", "e2b@2.51.0")
     result = subprocess.run(
-        [venv("e2b==2.63.0"), CLIENTS / "e2b_volumes.py"],
-        env=bare_env(server.env), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        command, env=bare_env(server.env), capture_output=True, text=True, timeout=120
+    )
     assert result.stdout == "done\n", result.stderr
 
 

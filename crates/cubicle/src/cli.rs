@@ -293,6 +293,25 @@ mod tests {
     }
 
     #[test]
+    fn snapshots_are_bounded_as_is_said() {
+        let config = |line: &str| {
+            let cli = Cli::try_parse_from(line.split(' ')).expect(line);
+            let Command::Up(up) = cli.command else {
+                panic!("{line} starts a server");
+            };
+            let config = up.snapshots.config();
+            (config.max_count, config.max_own_bytes, config.default_ttl)
+        };
+        assert_eq!(config("cubicle up"), (Some(10_000), None, None));
+        let bounds = "--max-snapshots 3 --snapshot-space 2 --snapshot-ttl 60";
+        let minute = std::time::Duration::from_secs(60);
+        assert_eq!(
+            config(&format!("cubicle up {bounds}")),
+            (Some(3), Some(2 << 30), Some(minute))
+        );
+    }
+
+    #[test]
     fn nonsense_is_refused_with_a_reason() {
         let refused = |line: &str| {
             let words = line.split(' ');
