@@ -123,7 +123,7 @@ pub enum Error {
     /// There are as many snapshots as this server may keep.
     #[error("the snapshot quota is used up: {why}; delete snapshots that are not needed any more")]
     Quota {
-        /// What there is and what is allowed.
+        /// What is allowed.
         why: String,
     },
     /// The idempotency key was used for another request.

@@ -123,7 +123,7 @@ impl Shared {
         if !self.store.insert(&snapshot, self.config.max_count).await? {
             let max = self.config.max_count.unwrap_or_default();
             return Err(Error::Quota {
-                why: format!("there are {max} snapshots, as many as this server keeps"),
+                why: format!("this server keeps at most {max}"),
             });
         }
         let order = FreezeOrder {
