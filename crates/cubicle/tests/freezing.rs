@@ -56,6 +56,10 @@ async fn what_goes_wrong_is_said_with_what_to_do() {
         format!("sandbox resume {unknown}"),
         format!("sandbox clone {unknown}"),
         format!("--json sandbox pause {unknown}"),
+        // What cannot be done for one is no reason not to do it for the others.
+        format!("sandbox pause {unknown} {other} {id}"),
+        format!("sandbox resume {other} {unknown} {id}"),
+        format!("sandbox kill {unknown} {other}"),
     ];
     let session = server.session(&lines).await;
     filters().bind(|| insta::assert_snapshot!(session));

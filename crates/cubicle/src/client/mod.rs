@@ -276,8 +276,12 @@ impl Client {
 
     /// Kills a sandbox; false if there is none of that id.
     pub(crate) async fn kill(&self, id: &str) -> Result<bool, Error> {
-        let request = self.request(Method::DELETE, &format!("/sandboxes/{}", segment(id)?));
-        match self.send(request).await {
+        self.delete(&format!("/sandboxes/{}", segment(id)?)).await
+    }
+
+    /// Deletes what is at a path; `false` if nothing was.
+    pub(crate) async fn delete(&self, path: &str) -> Result<bool, Error> {
+        match self.send(self.request(Method::DELETE, path)).await {
             Ok(_) => Ok(true),
             Err(Error::Refused { status: 404, .. }) => Ok(false),
             Err(error) => Err(error),

@@ -216,11 +216,7 @@ impl Client {
     /// Deletes a snapshot; false if there is none of that id.
     pub(crate) async fn delete_snapshot(&self, id: &str) -> Result<bool, Error> {
         let path = format!("/cubicle/v1/snapshots/{}", reference(id)?);
-        match self.send(self.request(Method::DELETE, &path)).await {
-            Ok(_) => Ok(true),
-            Err(Error::Refused { status: 404, .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
+        self.delete(&path).await
     }
 
     /// Compares a snapshot with what was written.

@@ -4,7 +4,10 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use super::snapshot::{cost, freeze, ms};
+use super::{
+    several::Several,
+    snapshot::{cost, freeze, ms},
+};
 use crate::{client::Client, error::Error, output};
 
 /// Makes copies; prints the id of each. Fails if one could not be made.
@@ -84,9 +87,13 @@ pub(super) async fn pause(
     require_healthy: bool,
     json: bool,
 ) -> Result<ExitCode, Error> {
+    let mut several = Several::new(json);
     let mut paused = Vec::new();
     for id in ids {
-        let taken = client.pause(id, memory, require_healthy).await?;
+        let taken = client.pause(id, memory, require_healthy).await;
+        let Some(taken) = several.unless_refused(taken)? else {
+            continue;
+        };
         if !json {
             println!("{id}");
             eprintln!("{}", cost(&taken));
@@ -98,7 +105,7 @@ pub(super) async fn pause(
     if json {
         output::print_json(&paused);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(several.code())
 }
 
 /// Wakes sandboxes, one after the other.
@@ -109,9 +116,13 @@ pub(super) async fn resume(
     memory: bool,
     json: bool,
 ) -> Result<ExitCode, Error> {
+    let mut several = Several::new(json);
     let mut woken = Vec::new();
     for id in ids {
-        let (sandbox, resumed) = client.connect(id, timeout, memory).await?;
+        let connected = client.connect(id, timeout, memory).await;
+        let Some((sandbox, resumed)) = several.unless_refused(connected)? else {
+            continue;
+        };
         if !json {
             println!("{}", sandbox.sandbox_id);
             if !resumed {
@@ -123,7 +134,7 @@ pub(super) async fn resume(
     if json {
         output::print_json(&woken);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(several.code())
 }
 
 /// A token on a screen is a token in a screenshot.

@@ -8,6 +8,7 @@ pub(crate) mod exec;
 mod lives;
 mod network;
 pub(crate) mod sandbox;
+mod several;
 pub(crate) mod snapshot;
 mod store;
 pub(crate) mod template;

@@ -6,7 +6,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::{copy, exec, lives, network};
+use super::{copy, exec, lives, network, several};
 use crate::{
     cli::{Global, Sandbox, VolumeMount},
     client::{Client, SandboxInfo, envd::Command, segment},
@@ -238,28 +238,8 @@ async fn kill(
             .map(|sandbox| sandbox.sandbox_id)
             .collect();
     }
-    let mut killed = Vec::new();
-    let mut missing = Vec::new();
-    for id in ids {
-        if client.kill(&id).await? {
-            killed.push(id)
-        } else {
-            missing.push(id)
-        }
-    }
-    if json {
-        output::print_json(&json!({ "killed": killed, "notFound": missing }));
-    } else {
-        killed.iter().for_each(|id| println!("{id}"));
-        missing
-            .iter()
-            .for_each(|id| eprintln!("error: there is no sandbox {id}"));
-    }
-    Ok(if missing.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    let kill = async |id: &str| client.kill(id).await;
+    several::remove(&ids, "sandbox", "killed", json, kill).await
 }
 
 #[cfg(test)]

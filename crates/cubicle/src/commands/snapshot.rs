@@ -4,9 +4,10 @@ mod tree;
 
 use std::{process::ExitCode, time::Duration};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use time::OffsetDateTime;
 
+use super::several;
 use crate::{
     cli::{Global, Snapshot},
     client::{
@@ -70,7 +71,10 @@ pub(crate) async fn run(global: &Global, command: Snapshot) -> Result<ExitCode, 
                 }
             }
         }
-        Snapshot::Rm { ids } => return remove(&client, &ids, global.json).await,
+        Snapshot::Rm { ids } => {
+            let delete = async |id: &str| client.delete_snapshot(id).await;
+            return several::remove(&ids, "snapshot", "removed", global.json, delete).await;
+        }
         Snapshot::Verify { ids, all } => return verify(&client, ids, all, global.json).await,
     }
     Ok(ExitCode::SUCCESS)
@@ -194,27 +198,6 @@ fn word(value: &Value) -> String {
     }
 }
 
-async fn remove(client: &Client, ids: &[String], json: bool) -> Result<ExitCode, Error> {
-    let mut removed = Vec::new();
-    let mut missing = Vec::new();
-    for id in ids {
-        if client.delete_snapshot(id).await? {
-            removed.push(id);
-        } else {
-            missing.push(id);
-        }
-    }
-    if json {
-        output::print_json(&json!({ "removed": removed, "notFound": missing }));
-    } else {
-        removed.iter().for_each(|id| println!("{id}"));
-        missing
-            .iter()
-            .for_each(|id| eprintln!("error: there is no snapshot {id}"));
-    }
-    Ok(code(missing.is_empty()))
-}
-
 async fn verify(
     client: &Client,
     mut ids: Vec<String>,
@@ -256,6 +239,7 @@ fn code(good: bool) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
     use time::macros::datetime;
 
     use super::*;

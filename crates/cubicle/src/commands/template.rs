@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 pub(super) use self::follow::follow;
+use super::several;
 use crate::{
     cli::{Global, Template},
     client::{
@@ -52,16 +53,11 @@ pub(crate) async fn run(global: &Global, command: Template) -> Result<ExitCode, 
             }
         }
         Template::Rm { ids } => {
-            for id in &ids {
+            let delete = async |id: &str| {
                 let path = format!("/templates/{}", reference(id)?);
-                client.send(client.request(Method::DELETE, &path)).await?;
-                if !global.json {
-                    println!("{id}");
-                }
-            }
-            if global.json {
-                output::print_json(&json!({ "removed": ids }));
-            }
+                client.delete(&path).await
+            };
+            return several::remove(&ids, "template", "removed", global.json, delete).await;
         }
     }
     Ok(ExitCode::SUCCESS)

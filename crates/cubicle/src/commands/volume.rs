@@ -6,10 +6,10 @@ use reqwest::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::copy;
+use super::{copy, several};
 use crate::{
     cli::{Global, Volume},
-    client::{Client, segment},
+    client::segment,
     error::Error,
     output,
 };
@@ -61,37 +61,12 @@ pub(crate) async fn run(global: &Global, command: Volume) -> Result<ExitCode, Er
             let copied = copy::copy(&client, copy::End::Volume, &source, &destination).await?;
             copied.print(global.json);
         }
-        Volume::Rm { volumes } => return remove(&client, &volumes, global.json).await,
+        Volume::Rm { volumes } => {
+            let delete = async |id: &str| client.delete(&path(id)?).await;
+            return several::remove(&volumes, "volume", "removed", global.json, delete).await;
+        }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-async fn remove(client: &Client, volumes: &[String], json: bool) -> Result<ExitCode, Error> {
-    let mut removed = Vec::new();
-    let mut missing = Vec::new();
-    for volume in volumes {
-        match client
-            .send(client.request(Method::DELETE, &path(volume)?))
-            .await
-        {
-            Ok(_) => removed.push(volume),
-            Err(Error::Refused { status: 404, .. }) => missing.push(volume),
-            Err(error) => return Err(error),
-        }
-    }
-    if json {
-        output::print_json(&json!({ "removed": removed, "notFound": missing }));
-    } else {
-        removed.iter().for_each(|id| println!("{id}"));
-        for id in &missing {
-            eprintln!("error: there is no volume {id}");
-        }
-    }
-    Ok(if missing.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
 }
 
 fn path(volume: &str) -> Result<String, Error> {
