@@ -162,7 +162,7 @@ install_rust() {
     rustup default stable
 }
 
-check_rust() {
+need_rust() {
     local needed found
     needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
     local how=(
@@ -178,8 +178,8 @@ check_rust() {
 }
 
 main() {
-    # First what can only be reported: nobody should wait for packages to be told.
-    check_rust
+    # First what may have to be reported: nobody should wait for all the packages to be told.
+    need_rust
     if ! type -P qemu-system-x86_64 >/dev/null ||
         { [[ ! -e $QEMU_SETTLED ]] && ! at_least "$(qemu_version)" "$QEMU_WANTED"; }; then
         install_qemu

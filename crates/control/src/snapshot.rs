@@ -52,10 +52,15 @@ pub struct SnapshotConfig {
     pub default_ttl: Option<Duration>,
 }
 
+impl SnapshotConfig {
+    /// Most snapshots, unless something else is said.
+    pub const MAX_COUNT: u64 = 10_000;
+}
+
 impl Default for SnapshotConfig {
     fn default() -> Self {
         Self {
-            max_count: Some(10_000),
+            max_count: Some(Self::MAX_COUNT),
             max_own_bytes: None,
             default_ttl: None,
         }

@@ -9,7 +9,7 @@ use cubicle_control::snapshot::SnapshotConfig;
 #[derive(Debug, Clone, Args)]
 pub(crate) struct SnapshotLimits {
     /// Most snapshots that may exist at the same time
-    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    #[arg(long, value_name = "N", default_value_t = SnapshotConfig::MAX_COUNT)]
     max_snapshots: u64,
     /// Most of the store that all snapshots together may take, in GiB [default: what fits]
     #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=1 << 30))]

@@ -104,11 +104,7 @@ pub(crate) async fn run(global: &Global) -> Result<ExitCode, Error> {
         }
         println!("\n{pass} passed, {warn} warnings, {fail} failed");
     }
-    Ok(if fail == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(super::code(fail == 0))
 }
 
 fn privileges() -> Check {

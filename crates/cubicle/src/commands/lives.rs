@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 
 use super::{
+    code,
     several::Several,
     snapshot::{cost, freeze, ms},
 };
@@ -147,14 +148,6 @@ fn without_tokens(value: &impl serde::Serialize) -> Value {
         }
     }
     value
-}
-
-fn code(good: bool) -> ExitCode {
-    if good {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
 }
 
 #[cfg(test)]

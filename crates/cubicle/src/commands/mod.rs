@@ -15,6 +15,8 @@ pub(crate) mod template;
 pub(crate) mod up;
 pub(crate) mod volume;
 
+use std::process::ExitCode;
+
 use crate::{
     cli::Global,
     client::{Client, Connection},
@@ -38,4 +40,13 @@ pub(crate) fn client(global: &Global) -> Result<Client, Error> {
         }
     };
     Client::new(connection)
+}
+
+/// How a command ends that has said itself what went wrong, if anything did.
+fn code(good: bool) -> ExitCode {
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

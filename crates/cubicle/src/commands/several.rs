@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
+use super::code;
 use crate::{error::Error, output};
 
 /// What became of several things.
@@ -51,11 +52,7 @@ impl Several {
 
     /// Success if all were done.
     pub(super) fn code(&self) -> ExitCode {
-        if self.failed {
-            ExitCode::FAILURE
-        } else {
-            ExitCode::SUCCESS
-        }
+        code(!self.failed)
     }
 }
 

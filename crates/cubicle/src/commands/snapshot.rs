@@ -7,7 +7,7 @@ use std::{process::ExitCode, time::Duration};
 use serde_json::Value;
 use time::OffsetDateTime;
 
-use super::several;
+use super::{code, several};
 use crate::{
     cli::{Global, Snapshot},
     client::{
@@ -227,14 +227,6 @@ async fn verify(
         output::print_json(&outcomes);
     }
     Ok(code(outcomes.iter().all(|outcome| outcome.ok)))
-}
-
-fn code(good: bool) -> ExitCode {
-    if good {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
 }
 
 #[cfg(test)]
